@@ -1,6 +1,6 @@
-"""What pyproject.toml cannot say: `kernels/` and `csrc/` are installed inside the `fastgan` package, and the two
-libraries are built by fastgan/build.py. `FASTGAN_BUILD_CUDA=0` leaves the CUDA one out, `=1` makes its absence an error;
-`FASTGAN_BUILD_CPU` likewise."""
+"""What pyproject.toml cannot say: `kernels/` and `csrc/` are installed inside the `fastgan` package, and the
+libraries are built by fastgan/build.py. `FASTGAN_BUILD_CUDA=0` leaves the CUDA one out, `=1` makes its absence an
+error; `FASTGAN_BUILD_CPU` likewise."""
 
 import importlib.util
 import json
