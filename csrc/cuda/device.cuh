@@ -2,6 +2,10 @@
 // warp and block sums, the launch.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
 #ifdef FASTGAN_SIMT
 #include "simt/cuda.h"
 #define FASTGAN_LAUNCH(kernel, grid, block, shared, stream, ...) \
@@ -12,7 +16,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
 // An expression: 0, or the cudaError_t of the launch.
 #define FASTGAN_LAUNCH(kernel, grid, block, shared, stream, ...)                           \
   (kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__),        \
@@ -65,23 +68,18 @@ __device__ __forceinline__ void check_aligned([[maybe_unused]] const void* p) {
 template <class T>
 __device__ __forceinline__ Vector<T> load_vector(const T* p) {
   check_aligned(p);
-  union {
-    uint4 raw;
-    Vector<T> vector;
-  } u;
-  u.raw = *reinterpret_cast<const uint4*>(p);
-  return u.vector;
+  uint4 raw = *reinterpret_cast<const uint4*>(p);
+  Vector<T> vector;
+  memcpy(&vector, &raw, sizeof vector);
+  return vector;
 }
 
 template <class T>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
   check_aligned(p);
-  union U {
-    Vector<T> vector;
-    uint4 raw;
-    __device__ U(const Vector<T>& v) : vector(v) {}
-  } u(vector);
-  *reinterpret_cast<uint4*>(p) = u.raw;
+  uint4 raw;
+  memcpy(&raw, &vector, sizeof raw);
+  *reinterpret_cast<uint4*>(p) = raw;
 }
 
 // Sum over the warp, the same on every lane, in a fixed order.

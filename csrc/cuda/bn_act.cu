@@ -1,0 +1,235 @@
+#include "cuda/bn_act.h"
+
+#include "cuda/channels.cuh"
+#include "cuda/dispatch.cuh"
+
+namespace fastgan::cuda {
+namespace {
+
+// --- statistics: mean and sum of squared deviations, by shifted sums in a thread and Chan's rule between threads --------
+
+struct Moments {
+  float count = 0, mean = 0, m2 = 0;
+};
+
+template <class T>
+struct Statistics {
+  const T* y;
+  float *mean, *m2;
+
+  struct Channel {};
+  using Partial = Moments;
+
+  struct Sum {
+    float shift = 0, count = 0, sum = 0, square = 0;  // of y - shift, where shift is the first y
+
+    __device__ void add(float y) {
+      if (count == 0) shift = y;
+      float d = y - shift;
+      count += 1;
+      sum += d;
+      square = fmaf(d, d, square);
+    }
+    __device__ Moments partial() const {
+      if (count == 0) return {};
+      float d = sum / count;
+      return {count, shift + d, fmaf(-sum, d, square)};
+    }
+  };
+
+  static __device__ Moments merge(const Moments& a, const Moments& b) {
+    if (b.count == 0) return a;
+    if (a.count == 0) return b;
+    float count = a.count + b.count, delta = b.mean - a.mean, share = b.count / count;
+    return {count, fmaf(delta, share, a.mean), a.m2 + b.m2 + delta * delta * a.count * share};
+  }
+
+  __device__ Channel channel(int) const { return {}; }
+
+  template <int V>
+  __device__ __forceinline__ Elements<V, T> load(int64_t offset) const {
+    return read<V>(y + offset);
+  }
+
+  template <int V, class Channels, class Running>
+  __device__ __forceinline__ void add(const Elements<V, T>& values, Channels&&, Running&& sums) const {
+#pragma unroll
+    for (int i = 0; i < V; i++) sums(i).add(values[i]);
+  }
+
+  __device__ void finish(int c, const Moments& moments) const {
+    mean[c] = moments.mean;
+    m2[c] = moments.m2;
+  }
+};
+
+// --- forward --------------------------------------------------------------------------------------------------------
+
+// v = scale * (y - mean) + bias, by the same instructions forward and backward, so that both see the same sign.
+struct Normalise {
+  float mean, scale, bias;
+  __device__ float operator()(float y) const { return fmaf(scale, y - mean, bias); }
+};
+
+__device__ __forceinline__ Normalise normalise(const BnChannels& of, int c) {
+  return {of.mean[c], of.weight[c] * of.invstd[c], of.bias[c]};
+}
+
+template <class T>
+struct Apply {
+  const T* y;
+  BnChannels channels;
+  float slope;
+  T* z;
+
+  using Channel = Normalise;
+  __device__ Channel channel(int c) const { return normalise(channels, c); }
+
+  template <int V>
+  __device__ __forceinline__ Elements<V, T> load(int64_t offset) const {
+    return read<V>(y + offset);
+  }
+
+  template <int V, class Channels>
+  __device__ __forceinline__ void apply(int64_t offset, const Elements<V, T>& values, Channels&& constants) const {
+    float result[V];
+#pragma unroll
+    for (int i = 0; i < V; i++) result[i] = activate(constants(i)(values[i]), slope);
+    write<V>(z + offset, result);
+  }
+};
+
+// --- backward -------------------------------------------------------------------------------------------------------
+
+struct Sums {
+  float g = 0, gx = 0;  // of dz * phi'(v), and of that times (y - mean)
+};
+
+template <int V, class T>
+struct Pair {
+  Elements<V, T> dz, y;
+};
+
+template <class T>
+struct Reduce {
+  const T *dz, *y;
+  BnChannels channels;
+  float slope;
+  float *grad_weight, *grad_bias;
+
+  using Channel = Normalise;
+  using Partial = Sums;
+  struct Sum {
+    Sums sums;
+    __device__ Sums partial() const { return sums; }
+  };
+
+  static __device__ Sums merge(const Sums& a, const Sums& b) { return {a.g + b.g, a.gx + b.gx}; }
+  __device__ Channel channel(int c) const { return normalise(channels, c); }
+
+  template <int V>
+  __device__ __forceinline__ Pair<V, T> load(int64_t offset) const {
+    return {read<V>(dz + offset), read<V>(y + offset)};
+  }
+
+  template <int V, class Channels, class Running>
+  __device__ __forceinline__ void add(const Pair<V, T>& pair, Channels&& constants, Running&& running) const {
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      Channel c = constants(i);
+      float y = pair.y[i], g = activate_backward(pair.dz[i], c(y), slope);
+      running(i).sums.g += g;
+      running(i).sums.gx = fmaf(g, y - c.mean, running(i).sums.gx);
+    }
+  }
+
+  __device__ void finish(int c, const Sums& sums) const {
+    grad_weight[c] = channels.invstd[c] * sums.gx;
+    grad_bias[c] = sums.g;
+  }
+};
+
+template <class T>
+struct Backward {
+  const T *dz, *y;
+  BnChannels channels;
+  float slope;
+  const float *grad_weight, *grad_bias;  // null: constant statistics
+  float per_count;                       // 1 / n
+  T* dy;
+
+  struct Channel {
+    Normalise forward;
+    float b, c;  // dy = scale * g + b * (y - mean) + c
+  };
+
+  __device__ Channel channel(int c) const {
+    Normalise forward = normalise(channels, c);
+    if (grad_weight == nullptr) return {forward, 0, 0};
+    float s = forward.scale * per_count;
+    return {forward, -s * channels.invstd[c] * grad_weight[c], -s * grad_bias[c]};
+  }
+
+  template <int V>
+  __device__ __forceinline__ Pair<V, T> load(int64_t offset) const {
+    return {read<V>(dz + offset), read<V>(y + offset)};
+  }
+
+  template <int V, class Channels>
+  __device__ __forceinline__ void apply(int64_t offset, const Pair<V, T>& pair, Channels&& constants) const {
+    float result[V];
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+      Channel c = constants(i);
+      float y = pair.y[i], g = activate_backward(pair.dz[i], c.forward(y), slope);
+      float affine = grad_weight == nullptr ? 0.f : fmaf(c.b, y - c.forward.mean, c.c);
+      result[i] = fmaf(c.forward.scale, g, affine);
+    }
+    write<V>(dy + offset, result);
+  }
+};
+
+}  // namespace
+
+int64_t bn_workspace(BnShape shape) {
+  return int64_t{make_grid(shape, 1).partials()} * shape.channels * (sizeof(Moments) / sizeof(float));
+}
+
+int bn_stats(Element element, BnShape shape, const void* y, float* mean, float* m2, float* workspace, void* stream) {
+  return by_element(element, [&]<class T>() {
+    Statistics<T> operation{static_cast<const T*>(y), mean, m2};
+    if (vectors_fit<T>(shape, y)) return launch_reduce<Vector<T>::size>(operation, shape, workspace, stream);
+    return launch_reduce<1>(operation, shape, workspace, stream);
+  });
+}
+
+int bn_act(Element element, BnShape shape, const void* y, BnChannels channels, float slope, void* z, void* stream) {
+  return by_element(element, [&]<class T>() {
+    Apply<T> operation{static_cast<const T*>(y), channels, slope, static_cast<T*>(z)};
+    if (vectors_fit<T>(shape, y, z)) return launch_map<Vector<T>::size>(operation, shape, stream);
+    return launch_map<1>(operation, shape, stream);
+  });
+}
+
+int bn_act_reduce(Element element, BnShape shape, const void* dz, const void* y, BnChannels channels, float slope,
+                  float* grad_weight, float* grad_bias, float* workspace, void* stream) {
+  return by_element(element, [&]<class T>() {
+    Reduce<T> operation{static_cast<const T*>(dz), static_cast<const T*>(y), channels, slope, grad_weight, grad_bias};
+    if (vectors_fit<T>(shape, dz, y)) return launch_reduce<Vector<T>::size>(operation, shape, workspace, stream);
+    return launch_reduce<1>(operation, shape, workspace, stream);
+  });
+}
+
+int bn_act_backward(Element element, BnShape shape, const void* dz, const void* y, BnChannels channels, float slope,
+                    const float* grad_weight, const float* grad_bias, int64_t count, void* dy, void* stream) {
+  return by_element(element, [&]<class T>() {
+    bool constant = count == 0;
+    Backward<T> operation{static_cast<const T*>(dz), static_cast<const T*>(y), channels, slope,
+                          constant ? nullptr : grad_weight, constant ? nullptr : grad_bias,
+                          constant ? 0.f : static_cast<float>(1.0 / static_cast<double>(count)), static_cast<T*>(dy)};
+    if (vectors_fit<T>(shape, dz, y, dy)) return launch_map<Vector<T>::size>(operation, shape, stream);
+    return launch_map<1>(operation, shape, stream);
+  });
+}
+
+}  // namespace fastgan::cuda
