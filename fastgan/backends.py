@@ -18,11 +18,13 @@ registered; a missing kernel is a backend that cannot run that operation. Stem `
     update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, int count,
         float momentum) -> ()                                      (optional: eager's stands in)
 
-and stem `gan_bce` (x is logits of any shape, count > 0):
+and stem `gan_bce` (one of real and fake may be None; logits of any shape, not empty):
 
     gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target)
-        -> (Tensor stats[4], Tensor grad_real, Tensor grad_fake)  (an absent half's grad: 0 elements)
-    gan_bce_generator(Tensor fake, bool saturating) -> (Tensor stats[2], Tensor grad_fake)
+        -> (Tensor stats[4], Tensor grad_real, Tensor grad_fake)
+    stats = mean BCE(real), mean BCE(fake), mean sigmoid(real), mean sigmoid(fake); grad = d(mean
+    BCE)/d(logits); all in the stat dtype, grads shaped like the logits; an absent half has zeros and a grad
+    of 0 elements
 
 What the caller guarantees: every tensor is on one device; y is dense and not empty: `y.is_contiguous()` or
 (4-D) `y.is_contiguous(memory_format=torch.channels_last)`; dz has y's dtype and memory format; mean, invstd,
@@ -320,7 +322,9 @@ def _verify(key: tuple, args: tuple) -> str | None:
     eager = kernel("eager", name)
     try:
         got = kernel(backend, name)(*few)
-        reason = misses(got, eager(*few), eager(*[_to_fp64(a) for a in few]))
+        # Four times the tests' factor: the sums of a handful of channels may be unlucky, and a wrong kernel
+        # is far off.
+        reason = misses(got, eager(*few), eager(*[_to_fp64(a) for a in few]), factor=8)
     except Exception as error:  # whatever a kernel raises, training goes on by the definition
         reason = f"{type(error).__name__}: {error}"
     _verdicts[key] = reason

@@ -12,14 +12,12 @@ The split operations (`bn_stats`, `bn_act`, `bn_act_reduce`, `bn_act_backward`) 
 derivative is taken through the definition. Ioffe and Szegedy, "Batch Normalization", 2015.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.backends import choose, count, requested, run
-from fastgan.ops._library import below_autograd, register
+from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
 
@@ -267,49 +265,21 @@ class _Grad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         *given, mean, var = ctx.saved_tensors
-        eps, slope, training, *needed = ctx.constants
-        dtype, linked = stat_dtype(given[1]), torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaves: list[Any] = [None if t is None else _leaf(t, dtype, linked) for t in given]
-            dz, y, weight, bias = leaves
+        eps, slope, training, needs_input, needs_affine = ctx.constants
+
+        def definition(y, weight, bias):
+            by = (mean, var)
             if training:
-                mean, m2 = stats(y)
-                var = m2 / (y.numel() // y.shape[1])
+                by = stats(y)
+                by = (by[0], by[1] / (y.numel() // y.shape[1]))
             ones, zeros = _parameters(y, None, None)
             gamma, beta = ones if weight is None else weight, zeros if bias is None else bias
-            z = apply(y, *_statistics(y, mean, var, eps), gamma, beta, slope)
-            needs_input, needs_affine = needed
-            pairs = [
-                (leaf, cotangent.to(dtype))
-                for leaf, cotangent, need in zip(
-                    (y, weight, bias), cotangents, (needs_input, needs_affine, needs_affine), strict=True
-                )
-                if leaf is not None and cotangent is not None and need
-            ]
-            if not pairs:
-                return (None,) * 12
-            first = _gradients([z], [leaf for leaf, _ in pairs], [dz], linked=True)
-            wanted = [
-                leaf is not None and needed
-                for leaf, needed in zip(leaves, ctx.needs_input_grad[:4], strict=True)
-            ]
-            sources = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-            second = iter(_gradients(first, sources, [cotangent for _, cotangent in pairs], linked))
-        results = [next(second).to(t.dtype) if want else None for t, want in zip(given, wanted, strict=True)]
-        return *results, *[None] * 8
+            return apply(y, *_statistics(y, *by, eps), gamma, beta, slope)
 
-
-def _leaf(tensor: Tensor, dtype: torch.dtype, linked: bool) -> Tensor:
-    """A tensor to differentiate by: tied to the caller's graph only where yet another derivative may be
-    asked for."""
-    copy = tensor.to(dtype, copy=True) if linked else tensor.detach().to(dtype)
-    return copy if copy.requires_grad else copy.detach().requires_grad_()
-
-
-def _gradients(outputs, inputs, cotangents, linked: bool):
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, create_graph=linked, allow_unused=True, materialize_grads=True
-    )
+        needed = (needs_input, needs_affine, needs_affine)
+        asked = [c if need else None for c, need in zip(cotangents, needed, strict=True)]
+        dtype = stat_dtype(given[1])
+        return *gradient_of_gradient(definition, given, asked, ctx.needs_input_grad[:4], dtype), *[None] * 8
 
 
 _FORWARD = "Tensor input, Tensor? weight, Tensor? bias"
