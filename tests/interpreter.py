@@ -62,7 +62,8 @@ def check_internals(module=inside) -> None:
         if names != expected:
             raise RuntimeError(
                 f"tests/interpreter.py mends the interpreter of Triton 3.9, this is {triton.__version__}: "
-                f"{path} takes ({names}), expected ({expected}). Port the mend, then run tests/test_interpreter.py."
+                f"{path}"
+                f" takes ({names}), expected ({expected}). Port the mend and run tests/test_interpreter.py."
             )
 
 

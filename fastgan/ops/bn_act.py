@@ -58,14 +58,13 @@ def bn_act(
     """
     _check(input, running_mean, running_var, weight, bias, training)
     backend = requested(backend)
-    if backend == "eager" or input.numel() == 0:
-        return _definition(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
-        )
-    if not torch.compiler.is_compiling() and choose("bn_act", input, backend) == "eager":
-        return _definition(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
-        )
+    by_definition = backend == "eager" or input.numel() == 0
+    if not by_definition and not torch.compiler.is_compiling():
+        by_definition = choose("bn_act", input, backend) == "eager"
+    if by_definition:
+        count("eager", "bn_act")
+        v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return activation(v, negative_slope)
     input = dense(input)
     if not training:
         return torch.ops.fastgan.bn_act_eval(
@@ -78,12 +77,48 @@ def bn_act(
     return z
 
 
-def _definition(input, running_mean, running_var, weight, bias, training, momentum, eps, slope) -> Tensor:
-    """The operation in plain PyTorch: what every kernel is checked against. In place, as a careful user
-    would."""
-    count("eager", "bn_act")
-    v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return activation(v, slope)
+def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Tensor:
+    """The activation of a block without BatchNorm; `input` is overwritten where eager runs (nobody else may
+    read it).
+
+    Other backends run bn_act's kernels with mean 0, variance 1 and no parameters, which leave v = y bit for
+    bit.
+    """
+    if negative_slope == 1:
+        return input
+    backend = requested(backend)
+    by_definition = backend == "eager" or input.numel() == 0
+    if not by_definition and not torch.compiler.is_compiling():
+        by_definition = choose("bn_act", input, backend) == "eager"
+    if by_definition:
+        count("eager", "act")
+        return activation(input, negative_slope)
+    return torch.ops.fastgan.bn_act_eval(dense(input), None, None, None, None, 0.0, negative_slope, backend)
+
+
+def block_end(
+    y: Tensor,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    *,
+    training,
+    momentum,
+    eps,
+    negative_slope,
+    batch_norm,
+    backend,
+) -> Tensor:
+    """What follows a block's convolution: `bn_act`, or `act` where the block has no BatchNorm."""
+    if batch_norm:
+        return bn_act(
+            y, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
+            negative_slope=negative_slope, backend=backend,
+        )  # fmt: skip
+    if any(t is not None for t in (running_mean, running_var, weight, bias)):
+        raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
+    return act(y, negative_slope, backend)
 
 
 def _check(input, running_mean, running_var, weight, bias, training) -> None:
