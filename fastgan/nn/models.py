@@ -5,6 +5,7 @@ a `state_dict` moves between the two unchanged.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(channels, widths[0], 4, 2, 1, bias=False),
             _activation(negative_slope),
         ]
-        for before, width in zip(widths, widths[1:], strict=False):
+        for before, width in pairwise(widths):
             layers += [
                 nn.Conv2d(before, width, 4, 2, 1, bias=False),
                 nn.BatchNorm2d(width),
