@@ -78,9 +78,7 @@ def wasserstein_generator(fake_logits: Tensor) -> Tensor:
     return -fake_logits.mean()
 
 
-def relativistic_average_discriminator(
-    real_logits: Tensor, fake_logits: Tensor, real_target: float = 1.0
-) -> Tensor:
+def relativistic_average_discriminator(real_logits: Tensor, fake_logits: Tensor, real_target: float = 1.0) -> Tensor:
     """Real above the average fake, fake below the average real (Jolicoeur-Martineau, 2019, arXiv:1807.00734)."""
     return bce(real_logits - fake_logits.mean(), real_target) + bce(fake_logits - real_logits.mean(), 0.0)
 
@@ -90,9 +88,7 @@ def relativistic_average_generator(fake_logits: Tensor, real_logits: Tensor) -> 
     return relativistic_average_discriminator(fake_logits, real_logits)
 
 
-def relativistic_paired_discriminator(
-    real_logits: Tensor, fake_logits: Tensor, real_target: float = 1.0
-) -> Tensor:
+def relativistic_paired_discriminator(real_logits: Tensor, fake_logits: Tensor, real_target: float = 1.0) -> Tensor:
     """Each real above the fake it is paired with (Jolicoeur-Martineau, 2019; Huang et al., 2024, arXiv:2501.05441).
 
     `real_logits` and `fake_logits` must both be [N].
@@ -136,8 +132,7 @@ def interpolate(real: Tensor, fake: Tensor) -> Tensor:
 def _image_gradient(logits: Tensor, images: Tensor) -> Tensor:
     if not images.requires_grad:
         raise FastganError(
-            "gradient penalty: images must require grad before the discriminator sees them: "
-            "images.requires_grad_()"
+            "gradient penalty: images must require grad before the discriminator sees them: images.requires_grad_()"
         )
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.flatten(1).float() if gradient.dtype != torch.float64 else gradient.flatten(1)
@@ -165,12 +160,8 @@ LOSSES: dict[str, Loss] = {
     "minimax": Loss(bce_discriminator, minimax_generator),
     "least_squares": Loss(least_squares_discriminator, least_squares_generator),
     "hinge": Loss(hinge_discriminator, wasserstein_generator, smoothable=False),
-    "relativistic_average": Loss(
-        relativistic_average_discriminator, relativistic_average_generator, paired=True
-    ),
-    "relativistic_paired": Loss(
-        relativistic_paired_discriminator, relativistic_paired_generator, paired=True
-    ),
+    "relativistic_average": Loss(relativistic_average_discriminator, relativistic_average_generator, paired=True),
+    "relativistic_paired": Loss(relativistic_paired_discriminator, relativistic_paired_generator, paired=True),
     "wasserstein": Loss(wasserstein_discriminator, wasserstein_generator, smoothable=False),
 }
 

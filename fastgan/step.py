@@ -85,9 +85,7 @@ class GanStep:
     ) -> None:
         self.loss = losses.get_loss(loss)
         if real_target != 1.0 and not self.loss.smoothable:
-            raise FastganError(
-                f"label smoothing: {loss} has no targets, real_target must stay 1, got {real_target}"
-            )
+            raise FastganError(f"label smoothing: {loss} has no targets, real_target must stay 1, got {real_target}")
         if not 0.0 < real_target <= 1.0:
             raise FastganError(f"real_target must be in (0, 1], got {real_target}")
         for name, weight in (("r1", r1), ("r2", r2), ("wgan_gp", wgan_gp)):

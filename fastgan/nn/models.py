@@ -14,9 +14,7 @@ from fastgan.errors import FastganError
 
 IMAGE_SIZES = (16, 32, 64, 128, 256, 512)
 CHANNELS = (1, 3, 4)
-_WIDEST = (
-    8  # no layer is wider than this times base_channels: at 512 pixels doubling on would give 4,096 channels
-)
+_WIDEST = 8  # no layer is wider than this times base_channels: at 512 pixels doubling on would give 4,096 channels
 
 
 def _hidden_widths(image_size: int, channels: int, base_channels: int) -> list[int]:
