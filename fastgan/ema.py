@@ -35,7 +35,7 @@ class Ema:
         """The share of the average that stays after a step of `batch_size`, `images_seen` before it."""
         half_life = self.half_life
         if self.ramp_up:
-            half_life = min(half_life, max(images_seen, 1) * self.ramp_up)
+            half_life = min(half_life, max(images_seen, batch_size) * self.ramp_up)
         return 0.5 ** (batch_size / half_life)
 
     @torch.no_grad()

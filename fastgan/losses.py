@@ -135,7 +135,7 @@ def _image_gradient(logits: Tensor, images: Tensor) -> Tensor:
             "gradient penalty: images must require grad before the discriminator sees them: images.requires_grad_()"
         )
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return gradient.flatten(1).float() if gradient.dtype != torch.float64 else gradient.flatten(1)
+    return gradient.flatten(1)
 
 
 def _same_shape(loss: str, real: Tensor, fake: Tensor) -> None:

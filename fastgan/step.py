@@ -131,11 +131,11 @@ class GanStep:
         penalised = bool(self.r1 or self.r2) and self.steps % self.penalty_interval == 0
         if penalised:
             real = real.detach().requires_grad_(bool(self.r1))
-            fake = fake.float().requires_grad_(bool(self.r2))
+            fake = _widened(fake).requires_grad_(bool(self.r2))
         precision = nullcontext() if penalised else self._precision(real.device)
         with precision:
-            real_logits = _logits(self.discriminator(real))
-            fake_logits = _logits(self.discriminator(fake))
+            real_logits = self._logits(real)
+            fake_logits = self._logits(fake)
         smoothing = {"real_target": self.real_target} if self.real_target != 1.0 else {}
         loss = self.loss.discriminator(real_logits, fake_logits, **smoothing)
         metrics = {
@@ -154,7 +154,7 @@ class GanStep:
                     loss = loss + (0.5 * gamma * self.penalty_interval) * penalty
         if self.wgan_gp:
             between = losses.interpolate(real, fake.to(real.dtype))
-            penalty = losses.wgan_gradient_penalty(_logits(self.discriminator(between)), between)
+            penalty = losses.wgan_gradient_penalty(self._logits(between), between)
             metrics["wgan_gp"] = penalty.detach()
             loss = loss + self.wgan_gp * penalty
         self._descend(loss, self.opt_d)
@@ -163,16 +163,19 @@ class GanStep:
     def _update_generator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         with frozen(self.discriminator):
             with self._precision(real.device):
-                fake_logits = _logits(self.discriminator(fake))
+                fake_logits = self._logits(fake)
                 if self.loss.paired:
                     with torch.no_grad():
-                        real_logits = _logits(self.discriminator(real))
+                        real_logits = self._logits(real)
             if self.loss.paired:
                 loss = self.loss.generator(fake_logits, real_logits)
             else:
                 loss = self.loss.generator(fake_logits)
             self._descend(loss, self.opt_g)
         return {"loss_g": loss.detach()}
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return _widened(self.discriminator(images))
 
     def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -196,9 +199,9 @@ class GanStep:
         return torch.autocast(device.type, self.autocast)
 
 
-def _logits(output: Tensor) -> Tensor:
-    """Losses are taken of at least fp32 logits, whatever the network computed in."""
-    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+def _widened(tensor: Tensor) -> Tensor:
+    """At least fp32: losses and penalties are taken there, whatever the networks compute in."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _normal_latents(generator: nn.Module, latent_dim: int | None) -> Callable[[int], Tensor]:
