@@ -123,9 +123,7 @@ def block_end(
 
 def _check(input, running_mean, running_var, weight, bias, training) -> None:
     if input.dim() < 2 or not input.is_floating_point():
-        raise ValueError(
-            f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}"
-        )
+        raise ValueError(f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}")
     channels = input.shape[1]
     for name, value in (
         ("running_mean", running_mean),
@@ -179,9 +177,7 @@ def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     name = choose("bn_act", input, backend)
     mean, m2 = run(name, "bn_stats", input)
     var = m2 / (input.numel() // input.shape[1])
-    z = run(
-        name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope
-    )
+    z = run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
     return z, mean, var
 
 
@@ -190,14 +186,10 @@ def _train_fake(input, weight, bias, eps, slope, backend):
     return torch.empty_like(dense(input)), stat, torch.empty_like(stat)
 
 
-def _eval(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend
-):
+def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend):
     input = dense(input)
     name = choose("bn_act", input, backend)
-    return run(
-        name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope
-    )
+    return run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
 
 
 def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
@@ -233,9 +225,7 @@ def _grad_fake(dz, input, weight, bias, mean, var, eps, slope, training, needs_i
     return torch.empty_like(dense(input)) if needs_input else input.new_empty(0), *grads
 
 
-def _first_gradient(
-    ctx, dz: Tensor | None, training: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if dz is None:
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -252,9 +242,7 @@ def _first_gradient(
 class _Train(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, eps, slope, backend):
-        z, mean, var = below_autograd(
-            torch.ops.fastgan.bn_act_train.default, input, weight, bias, eps, slope, backend
-        )
+        z, mean, var = below_autograd(torch.ops.fastgan.bn_act_train.default, input, weight, bias, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.mark_non_differentiable(mean, var)
@@ -269,9 +257,7 @@ class _Train(torch.autograd.Function):
 class _Eval(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, mean, var, eps, slope, backend):
-        z = below_autograd(
-            torch.ops.fastgan.bn_act_eval.default, input, weight, bias, mean, var, eps, slope, backend
-        )
+        z = below_autograd(torch.ops.fastgan.bn_act_eval.default, input, weight, bias, mean, var, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.set_materialize_grads(False)
@@ -286,9 +272,7 @@ class _Grad(torch.autograd.Function):
     """The gradient operation; its own gradient goes through the definition, and so does every higher one."""
 
     @staticmethod
-    def forward(
-        ctx, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend
-    ):
+    def forward(ctx, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend):
         ctx.save_for_backward(dz, input, weight, bias, mean, var)
         ctx.constants = (eps, slope, training, needs_input, needs_affine)
         ctx.set_materialize_grads(False)
