@@ -12,14 +12,12 @@ The split operations (`bn_stats`, `bn_act`, `bn_act_reduce`, `bn_act_backward`) 
 derivative is taken through the definition. Ioffe and Szegedy, "Batch Normalization", 2015.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.backends import choose, count, requested, run
-from fastgan.ops._library import below_autograd, register
+from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
 
@@ -60,14 +58,13 @@ def bn_act(
     """
     _check(input, running_mean, running_var, weight, bias, training)
     backend = requested(backend)
-    if backend == "eager" or input.numel() == 0:
-        return _definition(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
-        )
-    if not torch.compiler.is_compiling() and choose("bn_act", input, backend) == "eager":
-        return _definition(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
-        )
+    by_definition = backend == "eager" or input.numel() == 0
+    if not by_definition and not torch.compiler.is_compiling():
+        by_definition = choose("bn_act", input, backend) == "eager"
+    if by_definition:
+        count("eager", "bn_act")
+        v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return activation(v, negative_slope)
     input = dense(input)
     if not training:
         return torch.ops.fastgan.bn_act_eval(
@@ -80,19 +77,53 @@ def bn_act(
     return z
 
 
-def _definition(input, running_mean, running_var, weight, bias, training, momentum, eps, slope) -> Tensor:
-    """The operation in plain PyTorch: what every kernel is checked against. In place, as a careful user
-    would."""
-    count("eager", "bn_act")
-    v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return activation(v, slope)
+def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Tensor:
+    """The activation of a block without BatchNorm; `input` is overwritten where eager runs (nobody else may
+    read it).
+
+    Other backends run bn_act's kernels with mean 0, variance 1 and no parameters, which leave v = y bit for
+    bit.
+    """
+    if negative_slope == 1:
+        return input
+    backend = requested(backend)
+    by_definition = backend == "eager" or input.numel() == 0
+    if not by_definition and not torch.compiler.is_compiling():
+        by_definition = choose("bn_act", input, backend) == "eager"
+    if by_definition:
+        count("eager", "act")
+        return activation(input, negative_slope)
+    return torch.ops.fastgan.bn_act_eval(dense(input), None, None, None, None, 0.0, negative_slope, backend)
+
+
+def block_end(
+    y: Tensor,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    *,
+    training,
+    momentum,
+    eps,
+    negative_slope,
+    batch_norm,
+    backend,
+) -> Tensor:
+    """What follows a block's convolution: `bn_act`, or `act` where the block has no BatchNorm."""
+    if batch_norm:
+        return bn_act(
+            y, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
+            negative_slope=negative_slope, backend=backend,
+        )  # fmt: skip
+    if any(t is not None for t in (running_mean, running_var, weight, bias)):
+        raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
+    return act(y, negative_slope, backend)
 
 
 def _check(input, running_mean, running_var, weight, bias, training) -> None:
     if input.dim() < 2 or not input.is_floating_point():
-        raise ValueError(
-            f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}"
-        )
+        raise ValueError(f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}")
     channels = input.shape[1]
     for name, value in (
         ("running_mean", running_mean),
@@ -146,9 +177,7 @@ def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     name = choose("bn_act", input, backend)
     mean, m2 = run(name, "bn_stats", input)
     var = m2 / (input.numel() // input.shape[1])
-    z = run(
-        name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope
-    )
+    z = run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
     return z, mean, var
 
 
@@ -157,14 +186,10 @@ def _train_fake(input, weight, bias, eps, slope, backend):
     return torch.empty_like(dense(input)), stat, torch.empty_like(stat)
 
 
-def _eval(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend
-):
+def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend):
     input = dense(input)
     name = choose("bn_act", input, backend)
-    return run(
-        name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope
-    )
+    return run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
 
 
 def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
@@ -200,9 +225,7 @@ def _grad_fake(dz, input, weight, bias, mean, var, eps, slope, training, needs_i
     return torch.empty_like(dense(input)) if needs_input else input.new_empty(0), *grads
 
 
-def _first_gradient(
-    ctx, dz: Tensor | None, training: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if dz is None:
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -219,9 +242,7 @@ def _first_gradient(
 class _Train(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, eps, slope, backend):
-        z, mean, var = below_autograd(
-            torch.ops.fastgan.bn_act_train.default, input, weight, bias, eps, slope, backend
-        )
+        z, mean, var = below_autograd(torch.ops.fastgan.bn_act_train.default, input, weight, bias, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.mark_non_differentiable(mean, var)
@@ -236,9 +257,7 @@ class _Train(torch.autograd.Function):
 class _Eval(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, mean, var, eps, slope, backend):
-        z = below_autograd(
-            torch.ops.fastgan.bn_act_eval.default, input, weight, bias, mean, var, eps, slope, backend
-        )
+        z = below_autograd(torch.ops.fastgan.bn_act_eval.default, input, weight, bias, mean, var, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.set_materialize_grads(False)
@@ -253,9 +272,7 @@ class _Grad(torch.autograd.Function):
     """The gradient operation; its own gradient goes through the definition, and so does every higher one."""
 
     @staticmethod
-    def forward(
-        ctx, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend
-    ):
+    def forward(ctx, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend):
         ctx.save_for_backward(dz, input, weight, bias, mean, var)
         ctx.constants = (eps, slope, training, needs_input, needs_affine)
         ctx.set_materialize_grads(False)
@@ -267,49 +284,21 @@ class _Grad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         *given, mean, var = ctx.saved_tensors
-        eps, slope, training, *needed = ctx.constants
-        dtype, linked = stat_dtype(given[1]), torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaves: list[Any] = [None if t is None else _leaf(t, dtype, linked) for t in given]
-            dz, y, weight, bias = leaves
+        eps, slope, training, needs_input, needs_affine = ctx.constants
+
+        def definition(y, weight, bias):
+            by = (mean, var)
             if training:
-                mean, m2 = stats(y)
-                var = m2 / (y.numel() // y.shape[1])
+                by = stats(y)
+                by = (by[0], by[1] / (y.numel() // y.shape[1]))
             ones, zeros = _parameters(y, None, None)
             gamma, beta = ones if weight is None else weight, zeros if bias is None else bias
-            z = apply(y, *_statistics(y, mean, var, eps), gamma, beta, slope)
-            needs_input, needs_affine = needed
-            pairs = [
-                (leaf, cotangent.to(dtype))
-                for leaf, cotangent, need in zip(
-                    (y, weight, bias), cotangents, (needs_input, needs_affine, needs_affine), strict=True
-                )
-                if leaf is not None and cotangent is not None and need
-            ]
-            if not pairs:
-                return (None,) * 12
-            first = _gradients([z], [leaf for leaf, _ in pairs], [dz], linked=True)
-            wanted = [
-                leaf is not None and needed
-                for leaf, needed in zip(leaves, ctx.needs_input_grad[:4], strict=True)
-            ]
-            sources = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-            second = iter(_gradients(first, sources, [cotangent for _, cotangent in pairs], linked))
-        results = [next(second).to(t.dtype) if want else None for t, want in zip(given, wanted, strict=True)]
-        return *results, *[None] * 8
+            return apply(y, *_statistics(y, *by, eps), gamma, beta, slope)
 
-
-def _leaf(tensor: Tensor, dtype: torch.dtype, linked: bool) -> Tensor:
-    """A tensor to differentiate by: tied to the caller's graph only where yet another derivative may be
-    asked for."""
-    copy = tensor.to(dtype, copy=True) if linked else tensor.detach().to(dtype)
-    return copy if copy.requires_grad else copy.detach().requires_grad_()
-
-
-def _gradients(outputs, inputs, cotangents, linked: bool):
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, create_graph=linked, allow_unused=True, materialize_grads=True
-    )
+        needed = (needs_input, needs_affine, needs_affine)
+        asked = [c if need else None for c, need in zip(cotangents, needed, strict=True)]
+        dtype = stat_dtype(given[1])
+        return *gradient_of_gradient(definition, given, asked, ctx.needs_input_grad[:4], dtype), *[None] * 8
 
 
 _FORWARD = "Tensor input, Tensor? weight, Tensor? bias"
