@@ -21,8 +21,7 @@ FASTGAN_HOST_DEVICE T activate(T v, T slope) {
 template <class T>
 FASTGAN_HOST_DEVICE T activate_backward(T dz, T v, T slope) {
   if (v > T(0)) return dz;
-  if (slope == T(0)) return v == v ? T(0) : dz;
-  return slope * dz;
+  return slope == T(0) ? T(0) : slope * dz;
 }
 
 }  // namespace fastgan

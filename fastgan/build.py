@@ -169,7 +169,7 @@ def _cuda(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
 def _simt(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
     pybind11 = _find_package("pybind11", "pybind11") / "include"
     python = (f"-I{pybind11}", f"-isystem{sysconfig.get_paths()['include']}")
-    host = (*cxx, "-O2", "-g", *_cxx_flags(), "-DFASTGAN_SIMT", *python)
+    host = (*cxx, "-O1", *_cxx_flags(), "-DFASTGAN_SIMT", *python)
     # Instrumented, but linked without the sanitizer's library: simt/memory.cpp takes its place.
     kernel = (
         *cxx,

@@ -6,45 +6,38 @@
 namespace fastgan::cuda {
 namespace {
 
-// --- statistics: mean and sum of squared deviations, by shifted sums in a thread and Chan's rule between threads --------
+// --- statistics: mean and sum of squared deviations, from sums of y - shift --------------------------------------------
 
-struct Moments {
-  float count = 0, mean = 0, m2 = 0;
+// The shift is the mean of a few values of the channel, spread over it, so that little cancels in sum (y - shift)^2 -
+// (sum (y - shift))^2 / n: it is within a fraction of a standard deviation of the mean, and for few values is the mean.
+constexpr int shift_samples = 32;
+
+struct ShiftedSums {
+  float sum = 0, square = 0;
 };
 
 template <class T>
 struct Statistics {
   const T* y;
+  BnShape shape;
   float *mean, *m2;
 
-  struct Channel {};
-  using Partial = Moments;
-
-  struct Sum {
-    float shift = 0, count = 0, sum = 0, square = 0;  // of y - shift, where shift is the first y
-
-    __device__ void add(float y) {
-      if (count == 0) shift = y;
-      float d = y - shift;
-      count += 1;
-      sum += d;
-      square = fmaf(d, d, square);
-    }
-    __device__ Moments partial() const {
-      if (count == 0) return {};
-      float d = sum / count;
-      return {count, shift + d, fmaf(-sum, d, square)};
-    }
+  using Partial = ShiftedSums;
+  struct Channel {
+    float shift;
   };
 
-  static __device__ Moments merge(const Moments& a, const Moments& b) {
-    if (b.count == 0) return a;
-    if (a.count == 0) return b;
-    float count = a.count + b.count, delta = b.mean - a.mean, share = b.count / count;
-    return {count, fmaf(delta, share, a.mean), a.m2 + b.m2 + delta * delta * a.count * share};
+  __device__ Channel channel(int c) const {
+    int64_t count = shape.n * shape.hw, samples = min(count, int64_t{shift_samples});
+    float sum = 0;
+    for (int64_t s = 0; s < samples; s++) {
+      int64_t position = count * s / samples, plane = position / shape.hw;
+      int64_t offset = shape.channels_last ? position * shape.channels + c
+                                           : (plane * shape.channels + c) * shape.hw + position - plane * shape.hw;
+      sum += to_float(y[offset]);
+    }
+    return {sum / static_cast<float>(samples)};
   }
-
-  __device__ Channel channel(int) const { return {}; }
 
   template <int V>
   __device__ __forceinline__ Elements<V, T> load(int64_t offset) const {
@@ -52,14 +45,20 @@ struct Statistics {
   }
 
   template <int V, class Channels, class Running>
-  __device__ __forceinline__ void add(const Elements<V, T>& values, Channels&&, Running&& sums) const {
+  __device__ __forceinline__ void add(const Elements<V, T>& values, Channels&& constants, Running&& running) const {
 #pragma unroll
-    for (int i = 0; i < V; i++) sums(i).add(values[i]);
+    for (int i = 0; i < V; i++) {
+      ShiftedSums& sums = running(i);
+      float d = values[i] - constants(i).shift;
+      sums.sum += d;
+      sums.square = fmaf(d, d, sums.square);
+    }
   }
 
-  __device__ void finish(int c, const Moments& moments) const {
-    mean[c] = moments.mean;
-    m2[c] = moments.m2;
+  __device__ void finish(int c, const ShiftedSums& sums) const {
+    float d = sums.sum / static_cast<float>(shape.n * shape.hw), deviations = fmaf(-sums.sum, d, sums.square);
+    mean[c] = channel(c).shift + d;
+    m2[c] = deviations < 0 ? 0.f : deviations;
   }
 };
 
@@ -101,7 +100,7 @@ struct Apply {
 
 // --- backward -------------------------------------------------------------------------------------------------------
 
-struct Sums {
+struct GradientSums {
   float g = 0, gx = 0;  // of dz * phi'(v), and of that times (y - mean)
 };
 
@@ -118,13 +117,7 @@ struct Reduce {
   float *grad_weight, *grad_bias;
 
   using Channel = Normalise;
-  using Partial = Sums;
-  struct Sum {
-    Sums sums;
-    __device__ Sums partial() const { return sums; }
-  };
-
-  static __device__ Sums merge(const Sums& a, const Sums& b) { return {a.g + b.g, a.gx + b.gx}; }
+  using Partial = GradientSums;
   __device__ Channel channel(int c) const { return normalise(channels, c); }
 
   template <int V>
@@ -138,12 +131,12 @@ struct Reduce {
     for (int i = 0; i < V; i++) {
       Channel c = constants(i);
       float y = pair.y[i], g = activate_backward(pair.dz[i], c(y), slope);
-      running(i).sums.g += g;
-      running(i).sums.gx = fmaf(g, y - c.mean, running(i).sums.gx);
+      running(i).g += g;
+      running(i).gx = fmaf(g, y - c.mean, running(i).gx);
     }
   }
 
-  __device__ void finish(int c, const Sums& sums) const {
+  __device__ void finish(int c, const GradientSums& sums) const {
     grad_weight[c] = channels.invstd[c] * sums.gx;
     grad_bias[c] = sums.g;
   }
@@ -192,12 +185,13 @@ struct Backward {
 }  // namespace
 
 int64_t bn_workspace(BnShape shape) {
-  return int64_t{make_grid(shape, 1).partials()} * shape.channels * (sizeof(Moments) / sizeof(float));
+  static_assert(sizeof(ShiftedSums) == sizeof(GradientSums));
+  return int64_t{make_grid(shape, 1).partials()} * shape.channels * (sizeof(ShiftedSums) / sizeof(float));
 }
 
 int bn_stats(Element element, BnShape shape, const void* y, float* mean, float* m2, float* workspace, void* stream) {
   return by_element(element, [&]<class T>() {
-    Statistics<T> operation{static_cast<const T*>(y), mean, m2};
+    Statistics<T> operation{static_cast<const T*>(y), shape, mean, m2};
     if (vectors_fit<T>(shape, y)) return launch_reduce<Vector<T>::size>(operation, shape, workspace, stream);
     return launch_reduce<1>(operation, shape, workspace, stream);
   });

@@ -148,21 +148,48 @@ int launch_map(const Operation& operation, BnShape shape, void* stream) {
 
 // --- sums -----------------------------------------------------------------------------------------------------------
 
-// Operation: channel and load as above; add<V>(loaded, constants, sums) puts element i into sums(i), a Sum of one channel
-// in one thread, which becomes a Partial: a plain struct of floats with merge(a, b), neutral when value-initialised.
-// finish(c, partial) stores the result.
+// Operation: channel and load as above; add<V>(loaded, constants, sums) adds element i to sums(i), the Partial of its channel
+// in this thread; finish(c, partial) stores a channel's result. A Partial is a struct of floats, each a sum that starts at 0.
 
 template <class Partial>
-__device__ __forceinline__ Partial shuffle_xor(const Partial& mine, int bits) {
-  constexpr int count = sizeof(Partial) / sizeof(float);
-  float words[count];
-  memcpy(words, &mine, sizeof mine);
+constexpr int words = sizeof(Partial) / sizeof(float);
+
+// Sums of many Partials that keep what each addition rounds away (Neumaier, 1974).
+template <class Partial>
+class Total {
+  float sums_[words<Partial>] = {}, lost_[words<Partial>] = {};
+
+  __device__ __forceinline__ void add(int i, float term, float term_lost) {
+    float sum = sums_[i] + term;
+    float lost = fabsf(sums_[i]) >= fabsf(term) ? (sums_[i] - sum) + term : (term - sum) + sums_[i];
+    if (isfinite(sum)) lost_[i] += lost + term_lost;
+    sums_[i] = sum;
+  }
+
+ public:
+  __device__ __forceinline__ void add(const Partial& partial) {
+    float terms[words<Partial>];
+    memcpy(terms, &partial, sizeof partial);
 #pragma unroll
-  for (int i = 0; i < count; i++) words[i] = __shfl_xor_sync(all_lanes, words[i], bits);
-  Partial other;
-  memcpy(&other, words, sizeof other);
-  return other;
-}
+    for (int i = 0; i < words<Partial>; i++) add(i, terms[i], 0.f);
+  }
+  // Adds the total of the lane whose number differs in `bits`.
+  __device__ __forceinline__ void add_lane(int bits) {
+#pragma unroll
+    for (int i = 0; i < words<Partial>; i++) {
+      float term = __shfl_xor_sync(all_lanes, sums_[i], bits), term_lost = __shfl_xor_sync(all_lanes, lost_[i], bits);
+      add(i, term, term_lost);
+    }
+  }
+  __device__ __forceinline__ Partial value() const {
+    float sums[words<Partial>];
+#pragma unroll
+    for (int i = 0; i < words<Partial>; i++) sums[i] = sums_[i] + lost_[i];
+    Partial result;
+    memcpy(&result, sums, sizeof result);
+    return result;
+  }
+};
 
 template <int V, class Operation>
 __global__ void __launch_bounds__(block_threads)
@@ -171,32 +198,31 @@ __global__ void __launch_bounds__(block_threads)
   __shared__ Partial of_warp[warps_per_block][most_lanes * V];
   int lane = threadIdx.x % lanes, channel = (blockIdx.x * lanes + lane) * V;
   bool inside = channel < channels;
-  Partial sums[V];
+  Partial sums[V] = {};
   if (inside) {
     typename Operation::Channel constants[V];
-    typename Operation::Sum running[V];
 #pragma unroll
     for (int i = 0; i < V; i++) constants[i] = operation.channel(channel + i);
     for_rows<V>(operation, rows, channels, channel, lanes, [&](int64_t, const auto& loaded) {
       operation.template add<V>(
-          loaded, [&](int i) { return constants[i]; }, [&](int i) -> auto& { return running[i]; });
+          loaded, [&](int i) { return constants[i]; }, [&](int i) -> auto& { return sums[i]; });
     });
-#pragma unroll
-    for (int i = 0; i < V; i++) sums[i] = running[i].partial();
   }
   // Combine the rows of a warp, then the warps.
 #pragma unroll
   for (int i = 0; i < V; i++) {
-    for (int bits = warp / 2; bits >= lanes; bits /= 2) sums[i] = Operation::merge(sums[i], shuffle_xor(sums[i], bits));
-    if (threadIdx.x % warp < lanes) of_warp[threadIdx.x / warp][lane * V + i] = sums[i];
+    Total<Partial> total;
+    total.add(sums[i]);
+    for (int bits = warp / 2; bits >= lanes; bits /= 2) total.add_lane(bits);
+    if (threadIdx.x % warp < lanes) of_warp[threadIdx.x / warp][lane * V + i] = total.value();
   }
   __syncthreads();
   if (threadIdx.x < lanes && inside) {
 #pragma unroll
     for (int i = 0; i < V; i++) {
-      Partial sum = of_warp[0][lane * V + i];
-      for (int w = 1; w < warps_per_block; w++) sum = Operation::merge(sum, of_warp[w][lane * V + i]);
-      partials[int64_t{blockIdx.y} * channels + channel + i] = sum;
+      Total<Partial> total;
+      for (int w = 0; w < warps_per_block; w++) total.add(of_warp[w][lane * V + i]);
+      partials[int64_t{blockIdx.y} * channels + channel + i] = total.value();
     }
   }
 }
@@ -207,19 +233,20 @@ __global__ void __launch_bounds__(block_threads)
   using Partial = typename Operation::Partial;
   __shared__ Partial of_warp[warps_per_block];
   typename Operation::Channel constants = operation.channel(blockIdx.x);
-  typename Operation::Sum running;
+  Partial sum{};
   for_positions<V>(operation, n, hw, channels, blockIdx.x, [&](int64_t, const auto& loaded) {
     operation.template add<V>(
-        loaded, [&](int) { return constants; }, [&](int) -> auto& { return running; });
+        loaded, [&](int) { return constants; }, [&](int) -> auto& { return sum; });
   });
-  Partial sum = running.partial();
-#pragma unroll
-  for (int bits = warp / 2; bits > 0; bits /= 2) sum = Operation::merge(sum, shuffle_xor(sum, bits));
-  if (threadIdx.x % warp == 0) of_warp[threadIdx.x / warp] = sum;
+  Total<Partial> of_lanes;
+  of_lanes.add(sum);
+  for (int bits = warp / 2; bits > 0; bits /= 2) of_lanes.add_lane(bits);
+  if (threadIdx.x % warp == 0) of_warp[threadIdx.x / warp] = of_lanes.value();
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int w = 1; w < warps_per_block; w++) sum = Operation::merge(sum, of_warp[w]);
-    partials[int64_t{blockIdx.y} * channels + blockIdx.x] = sum;
+    Total<Partial> total;
+    for (int w = 0; w < warps_per_block; w++) total.add(of_warp[w]);
+    partials[int64_t{blockIdx.y} * channels + blockIdx.x] = total.value();
   }
 }
 
@@ -230,14 +257,14 @@ __global__ void __launch_bounds__(block_threads)
   using Partial = typename Operation::Partial;
   __shared__ Partial of_warp[warps_per_block][warp];
   int lane = threadIdx.x % warp, depth = threadIdx.x / warp, channel = blockIdx.x * warp + lane;
-  Partial sum{};
+  Total<Partial> share, total;
   if (channel < channels)
-    for (int p = depth; p < count; p += warps_per_block) sum = Operation::merge(sum, partials[int64_t{p} * channels + channel]);
-  of_warp[depth][lane] = sum;
+    for (int p = depth; p < count; p += warps_per_block) share.add(partials[int64_t{p} * channels + channel]);
+  of_warp[depth][lane] = share.value();
   __syncthreads();
   if (depth == 0 && channel < channels) {
-    for (int d = 1; d < warps_per_block; d++) sum = Operation::merge(sum, of_warp[d][lane]);
-    operation.finish(channel, sum);
+    for (int d = 0; d < warps_per_block; d++) total.add(of_warp[d][lane]);
+    operation.finish(channel, total.value());
   }
 }
 

@@ -23,6 +23,7 @@
 #define blockDim (simt::self->block_dim)
 #define gridDim (simt::self->grid_dim)
 
+using std::isfinite;
 using std::max;
 using std::min;
 
