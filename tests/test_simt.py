@@ -23,6 +23,8 @@ PLANTED = {
     "write_out_of_bounds": "out of bounds",
     "dynamic_out_of_bounds": "out of bounds",
     "misaligned": "misaligned",
+    "vector_race": "race",
+    "vector_out_of_bounds": "out of bounds",
     "divergent_barrier": "divergent barrier",
     "deadlock": "deadlock",
     "lane_outside_mask": "bad mask",

@@ -12,17 +12,12 @@ namespace {
 // (sum (y - shift))^2 / n: it is within a fraction of a standard deviation of the mean, and for few values is the mean.
 constexpr int shift_samples = 32;
 
-struct ShiftedSums {
-  float sum = 0, square = 0;
-};
-
 template <class T>
 struct Statistics {
   const T* y;
   BnShape shape;
   float *mean, *m2;
 
-  using Partial = ShiftedSums;
   struct Channel {
     float shift;
   };
@@ -48,15 +43,16 @@ struct Statistics {
   __device__ __forceinline__ void add(const Elements<V, T>& values, Channels&& constants, Running&& running) const {
 #pragma unroll
     for (int i = 0; i < V; i++) {
-      ShiftedSums& sums = running(i);
+      Sums& sums = running(i);  // of y - shift and of its square
       float d = values[i] - constants(i).shift;
-      sums.sum += d;
-      sums.square = fmaf(d, d, sums.square);
+      sums.of[0] += d;
+      sums.of[1] = fmaf(d, d, sums.of[1]);
     }
   }
 
-  __device__ void finish(int c, const ShiftedSums& sums) const {
-    float d = sums.sum / static_cast<float>(shape.n * shape.hw), deviations = fmaf(-sums.sum, d, sums.square);
+  __device__ void finish(int c, const Total& total) const {
+    Sums sums = total.value();
+    float d = sums.of[0] / static_cast<float>(shape.n * shape.hw), deviations = fmaf(-sums.of[0], d, sums.of[1]);
     mean[c] = channel(c).shift + d;
     m2[c] = deviations < 0 ? 0.f : deviations;
   }
@@ -100,10 +96,6 @@ struct Apply {
 
 // --- backward -------------------------------------------------------------------------------------------------------
 
-struct GradientSums {
-  float g = 0, gx = 0;  // of dz * phi'(v), and of that times (y - mean)
-};
-
 template <int V, class T>
 struct Pair {
   Elements<V, T> dz, y;
@@ -117,7 +109,6 @@ struct Reduce {
   float *grad_weight, *grad_bias;
 
   using Channel = Normalise;
-  using Partial = GradientSums;
   __device__ Channel channel(int c) const { return normalise(channels, c); }
 
   template <int V>
@@ -131,14 +122,16 @@ struct Reduce {
     for (int i = 0; i < V; i++) {
       Channel c = constants(i);
       float y = pair.y[i], g = activate_backward(pair.dz[i], c(y), slope);
-      running(i).g += g;
-      running(i).gx = fmaf(g, y - c.mean, running(i).gx);
+      Sums& sums = running(i);  // of g and of g * (y - mean)
+      sums.of[0] += g;
+      sums.of[1] = fmaf(g, y - c.mean, sums.of[1]);
     }
   }
 
-  __device__ void finish(int c, const GradientSums& sums) const {
-    grad_weight[c] = channels.invstd[c] * sums.gx;
-    grad_bias[c] = sums.g;
+  __device__ void finish(int c, const Total& total) const {
+    float invstd = channels.invstd[c];
+    grad_weight[c] = fmaf(invstd, total.rounded.of[1], invstd * total.lost.of[1]);
+    grad_bias[c] = total.value().of[0];
   }
 };
 
@@ -185,8 +178,7 @@ struct Backward {
 }  // namespace
 
 int64_t bn_workspace(BnShape shape) {
-  static_assert(sizeof(ShiftedSums) == sizeof(GradientSums));
-  return int64_t{make_grid(shape, 1).partials()} * shape.channels * (sizeof(ShiftedSums) / sizeof(float));
+  return int64_t{make_grid(shape, 1).partials()} * shape.channels * sums;
 }
 
 int bn_stats(Element element, BnShape shape, const void* y, float* mean, float* m2, float* workspace, void* stream) {

@@ -10,6 +10,7 @@
 #pragma once
 #include "cuda/bn_act.h"
 #include "cuda/device.cuh"
+#include "cuda/total.cuh"
 
 namespace fastgan::cuda {
 
@@ -148,71 +149,30 @@ int launch_map(const Operation& operation, BnShape shape, void* stream) {
 
 // --- sums -----------------------------------------------------------------------------------------------------------
 
-// Operation: channel and load as above; add<V>(loaded, constants, sums) adds element i to sums(i), the Partial of its channel
-// in this thread; finish(c, partial) stores a channel's result. A Partial is a struct of floats, each a sum that starts at 0.
-
-template <class Partial>
-constexpr int words = sizeof(Partial) / sizeof(float);
-
-// Sums of many Partials that keep what each addition rounds away (Neumaier, 1974).
-template <class Partial>
-class Total {
-  float sums_[words<Partial>] = {}, lost_[words<Partial>] = {};
-
-  __device__ __forceinline__ void add(int i, float term, float term_lost) {
-    float sum = sums_[i] + term;
-    float lost = fabsf(sums_[i]) >= fabsf(term) ? (sums_[i] - sum) + term : (term - sum) + sums_[i];
-    if (isfinite(sum)) lost_[i] += lost + term_lost;
-    sums_[i] = sum;
-  }
-
- public:
-  __device__ __forceinline__ void add(const Partial& partial) {
-    float terms[words<Partial>];
-    memcpy(terms, &partial, sizeof partial);
-#pragma unroll
-    for (int i = 0; i < words<Partial>; i++) add(i, terms[i], 0.f);
-  }
-  // Adds the total of the lane whose number differs in `bits`.
-  __device__ __forceinline__ void add_lane(int bits) {
-#pragma unroll
-    for (int i = 0; i < words<Partial>; i++) {
-      float term = __shfl_xor_sync(all_lanes, sums_[i], bits), term_lost = __shfl_xor_sync(all_lanes, lost_[i], bits);
-      add(i, term, term_lost);
-    }
-  }
-  __device__ __forceinline__ Partial value() const {
-    float sums[words<Partial>];
-#pragma unroll
-    for (int i = 0; i < words<Partial>; i++) sums[i] = sums_[i] + lost_[i];
-    Partial result;
-    memcpy(&result, sums, sizeof result);
-    return result;
-  }
-};
+// Operation: channel and load as above; add<V>(loaded, constants, sums) adds element i to sums(i), those of its channel in
+// this thread; finish(c, total) stores a channel's result.
 
 template <int V, class Operation>
 __global__ void __launch_bounds__(block_threads)
-    reduce_channels_last(Operation operation, int64_t rows, int channels, int lanes, typename Operation::Partial* partials) {
-  using Partial = typename Operation::Partial;
-  __shared__ Partial of_warp[warps_per_block][most_lanes * V];
+    reduce_channels_last(Operation operation, int64_t rows, int channels, int lanes, Sums* partials) {
+  __shared__ Sums of_warp[warps_per_block][most_lanes * V];
   int lane = threadIdx.x % lanes, channel = (blockIdx.x * lanes + lane) * V;
   bool inside = channel < channels;
-  Partial sums[V] = {};
+  Sums running[V];
   if (inside) {
     typename Operation::Channel constants[V];
 #pragma unroll
     for (int i = 0; i < V; i++) constants[i] = operation.channel(channel + i);
     for_rows<V>(operation, rows, channels, channel, lanes, [&](int64_t, const auto& loaded) {
       operation.template add<V>(
-          loaded, [&](int i) { return constants[i]; }, [&](int i) -> auto& { return sums[i]; });
+          loaded, [&](int i) { return constants[i]; }, [&](int i) -> auto& { return running[i]; });
     });
   }
   // Combine the rows of a warp, then the warps.
 #pragma unroll
   for (int i = 0; i < V; i++) {
-    Total<Partial> total;
-    total.add(sums[i]);
+    Total total;
+    total.add(running[i]);
     for (int bits = warp / 2; bits >= lanes; bits /= 2) total.add_lane(bits);
     if (threadIdx.x % warp < lanes) of_warp[threadIdx.x / warp][lane * V + i] = total.value();
   }
@@ -220,7 +180,7 @@ __global__ void __launch_bounds__(block_threads)
   if (threadIdx.x < lanes && inside) {
 #pragma unroll
     for (int i = 0; i < V; i++) {
-      Total<Partial> total;
+      Total total;
       for (int w = 0; w < warps_per_block; w++) total.add(of_warp[w][lane * V + i]);
       partials[int64_t{blockIdx.y} * channels + channel + i] = total.value();
     }
@@ -229,22 +189,21 @@ __global__ void __launch_bounds__(block_threads)
 
 template <int V, class Operation>
 __global__ void __launch_bounds__(block_threads)
-    reduce_contiguous(Operation operation, unsigned n, unsigned hw, int channels, typename Operation::Partial* partials) {
-  using Partial = typename Operation::Partial;
-  __shared__ Partial of_warp[warps_per_block];
+    reduce_contiguous(Operation operation, unsigned n, unsigned hw, int channels, Sums* partials) {
+  __shared__ Sums of_warp[warps_per_block];
   typename Operation::Channel constants = operation.channel(blockIdx.x);
-  Partial sum{};
+  Sums running;
   for_positions<V>(operation, n, hw, channels, blockIdx.x, [&](int64_t, const auto& loaded) {
     operation.template add<V>(
-        loaded, [&](int) { return constants; }, [&](int) -> auto& { return sum; });
+        loaded, [&](int) { return constants; }, [&](int) -> auto& { return running; });
   });
-  Total<Partial> of_lanes;
-  of_lanes.add(sum);
+  Total of_lanes;
+  of_lanes.add(running);
   for (int bits = warp / 2; bits > 0; bits /= 2) of_lanes.add_lane(bits);
   if (threadIdx.x % warp == 0) of_warp[threadIdx.x / warp] = of_lanes.value();
   __syncthreads();
   if (threadIdx.x == 0) {
-    Total<Partial> total;
+    Total total;
     for (int w = 0; w < warps_per_block; w++) total.add(of_warp[w]);
     partials[int64_t{blockIdx.y} * channels + blockIdx.x] = total.value();
   }
@@ -253,18 +212,17 @@ __global__ void __launch_bounds__(block_threads)
 // A warp's width of channels, warps_per_block threads deep.
 template <class Operation>
 __global__ void __launch_bounds__(block_threads)
-    combine_partials(Operation operation, int channels, const typename Operation::Partial* partials, int count) {
-  using Partial = typename Operation::Partial;
-  __shared__ Partial of_warp[warps_per_block][warp];
+    combine_partials(Operation operation, int channels, const Sums* partials, int count) {
+  __shared__ Sums of_warp[warps_per_block][warp];
   int lane = threadIdx.x % warp, depth = threadIdx.x / warp, channel = blockIdx.x * warp + lane;
-  Total<Partial> share, total;
+  Total share, total;
   if (channel < channels)
     for (int p = depth; p < count; p += warps_per_block) share.add(partials[int64_t{p} * channels + channel]);
   of_warp[depth][lane] = share.value();
   __syncthreads();
   if (depth == 0 && channel < channels) {
     for (int d = 0; d < warps_per_block; d++) total.add(of_warp[d][lane]);
-    operation.finish(channel, total.value());
+    operation.finish(channel, total);
   }
 }
 
@@ -272,7 +230,7 @@ template <int V, class Operation>
 int launch_reduce(const Operation& operation, BnShape shape, float* workspace, void* stream) {
   Grid grid = make_grid(shape, V);
   int channels = static_cast<int>(shape.channels);
-  auto* partials = reinterpret_cast<typename Operation::Partial*>(workspace);
+  auto* partials = reinterpret_cast<Sums*>(workspace);
   int error = shape.channels_last
                   ? FASTGAN_LAUNCH((reduce_channels_last<V, Operation>), dim3(grid.x, grid.y), block_threads, 0, stream,
                                    operation, shape.n * shape.hw, channels, grid.lanes, partials)

@@ -58,16 +58,16 @@ struct __align__(16) Vector {
   T v[size];
 };
 
-// The host compiler may split a vector access before the runtime sees it, so its alignment is checked on its own.
-__device__ __forceinline__ void check_aligned([[maybe_unused]] const void* p) {
+// The host compiler may split or merge a vector access before the runtime sees it, so it is announced.
+__device__ __forceinline__ void announce_vector([[maybe_unused]] const void* p, [[maybe_unused]] bool write) {
 #ifdef FASTGAN_SIMT
-  simt::check_aligned(p, 16);
+  simt::vector_access(p, 16, write);
 #endif
 }
 
 template <class T>
 __device__ __forceinline__ Vector<T> load_vector(const T* p) {
-  check_aligned(p);
+  announce_vector(p, false);
   uint4 raw = *reinterpret_cast<const uint4*>(p);
   Vector<T> vector;
   memcpy(&vector, &raw, sizeof vector);
@@ -76,7 +76,7 @@ __device__ __forceinline__ Vector<T> load_vector(const T* p) {
 
 template <class T>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
-  check_aligned(p);
+  announce_vector(p, true);
   uint4 raw;
   memcpy(&raw, &vector, sizeof raw);
   *reinterpret_cast<uint4*>(p) = raw;

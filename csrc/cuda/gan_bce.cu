@@ -1,6 +1,7 @@
 #include "cuda/gan_bce.h"
 
 #include "cuda/dispatch.cuh"
+#include "cuda/total.cuh"
 
 namespace fastgan::cuda {
 namespace {
@@ -10,29 +11,26 @@ constexpr int bce_threads = 512;  // a batch of logits is small: one block a hal
 // Block 0 takes the real half, block 1 the fake one.
 template <class T>
 __global__ void __launch_bounds__(bce_threads) bce(BceHalf real, BceHalf fake, float* stats) {
-  __shared__ float of_warp[2][bce_threads / warp];
+  __shared__ Sums of_warp[bce_threads / warp];  // of the loss and of the belief
   BceHalf half = blockIdx.x == 0 ? real : fake;
   auto* logits = static_cast<const T*>(half.logits);
-  float per_n = half.n ? 1.f / static_cast<float>(half.n) : 0.f, loss = 0, belief = 0;
+  float n = static_cast<float>(half.n);
+  Total total;
   for (int64_t i = threadIdx.x; i < half.n; i += bce_threads) {
-    // -t log p - (1 - t) log(1 - p) = max(x, 0) - t x + log(1 + exp(-|x|)), which no logit can overflow.
+    // -t log p - (1 - t) log(1 - p) = (1 - t) x + max(-x, 0) + log(1 + exp(-|x|)), which no logit can overflow.
     float x = to_float(logits[i]), e = expf(-fabsf(x));
     float p = x >= 0 ? 1.f / (1.f + e) : e / (1.f + e);
-    loss += fmaxf(x, 0.f) - half.target * x + log1pf(e);
-    belief += p;
-    half.grad[i] = (p - half.target) * per_n;
+    total.add(Sums{(1.f - half.target) * x + (fmaxf(-x, 0.f) + log1pf(e)), p});
+    half.grad[i] = (p - half.target) / n;
   }
-  loss = warp_sum(loss);
-  belief = warp_sum(belief);
-  if (threadIdx.x % warp == 0) {
-    of_warp[0][threadIdx.x / warp] = loss;
-    of_warp[1][threadIdx.x / warp] = belief;
-  }
+  for (int bits = warp / 2; bits > 0; bits /= 2) total.add_lane(bits);
+  if (threadIdx.x % warp == 0) of_warp[threadIdx.x / warp] = total.value();
   __syncthreads();
-  if (threadIdx.x < 2) {
-    float sum = 0;
-    for (int w = 0; w < bce_threads / warp; w++) sum += of_warp[threadIdx.x][w];
-    stats[threadIdx.x * 2 + blockIdx.x] = sum * per_n;
+  if (threadIdx.x == 0) {
+    Total all;
+    for (int w = 0; w < bce_threads / warp; w++) all.add(of_warp[w]);
+    Sums value = all.value();
+    for (int i = 0; i < 2; i++) stats[i * 2 + blockIdx.x] = half.n ? value.of[i] / n : 0.f;
   }
 }
 

@@ -32,7 +32,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[
 template <bool transposed>
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&result)[4], const void* row) {
 #ifdef FASTGAN_SIMT
-  check_aligned(row);
+  announce_vector(row, false);
   simt::LdmatrixArguments mine{result, {}};
   for (int i = 0; i < 8; i++) mine.row[i] = static_cast<const uint16_t*>(row)[i];
   simt::collective(all_lanes, "ldmatrix", simt::Site::current(), &mine, simt::ldmatrix_x4<transposed>);

@@ -168,6 +168,12 @@ void access(const void* p, size_t bytes, bool write, bool atomic, const void* pc
   else note_all(region->cells.data(), address - last_first, bytes, launch_number(), write, atomic, "global", pc);
 }
 
+void check_aligned(const void* address, size_t bytes, const void* pc) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  report("misaligned", std::to_string(bytes) + "-byte access at an address that is no multiple of it", pc);
+  abandon_launch();
+}
+
 Cell* shared_cell(const void* p) {
   auto address = reinterpret_cast<uintptr_t>(p), dynamic_first = reinterpret_cast<uintptr_t>(dynamic_memory);
   if (address >= dynamic_first && address < dynamic_first + dynamic_bytes) return &dynamic_cells[(address - dynamic_first) / granule];
@@ -194,19 +200,18 @@ void begin_block(size_t shared_bytes) {
 
 unsigned char* dynamic_shared() { return dynamic_memory; }
 
-void check_aligned(const void* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
-  report("misaligned", std::to_string(bytes) + "-byte access at an address that is no multiple of it",
-         __builtin_return_address(0));
-  abandon_launch();
+void vector_access(const void* address, size_t bytes, bool write) {
+  const void* pc = __builtin_return_address(0);
+  check_aligned(address, bytes, pc);
+  access(address, bytes, write, false, pc);
 }
 
 void atomic_access(const void* address, size_t bytes, const void* pc) { access(address, bytes, true, true, pc); }
 
 void async_copy(void* shared, const void* from, size_t bytes, bool valid) {
   const void* pc = __builtin_return_address(0);
-  check_aligned(shared, bytes);
-  check_aligned(from, bytes);
+  check_aligned(shared, bytes, pc);
+  check_aligned(from, bytes, pc);
   access(shared, bytes, true, false, pc);
   if (valid) access(from, bytes, false, false, pc);
   if (!shared_cell(shared)) {

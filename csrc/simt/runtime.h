@@ -49,7 +49,7 @@ void collective(unsigned mask, const char* what, Site site, void* argument, Oper
 void report_bad_source(unsigned lane, Site site);  // a shuffle from a lane that does not take part
 
 unsigned char* dynamic_shared();
-void check_aligned(const void* address, size_t bytes);
+void vector_access(const void* address, size_t bytes, bool write);  // must be a multiple of its size
 void atomic_access(const void* address, size_t bytes, const void* pc);
 
 // cp.async: the data arrive in shared memory when the copying thread waits for the copy's group.

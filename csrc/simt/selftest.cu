@@ -87,6 +87,17 @@ __global__ void misaligned(int* y, bool broken) {
   if (threadIdx.x < 8) cuda::store_vector(y + 4 * threadIdx.x + (broken ? 1 : 0), cuda::Vector<int>{{1, 2, 3, 4}});
 }
 
+__global__ void vector_race(int* y, bool broken) {
+  __shared__ __align__(16) int s[64];
+  if (threadIdx.x < 16) cuda::store_vector(s + 4 * threadIdx.x, cuda::Vector<int>{{1, 2, 3, 4}});
+  if (!broken) __syncthreads();
+  if (threadIdx.x < 16) cuda::store_vector(y + 4 * threadIdx.x, cuda::load_vector(s + 60 - 4 * threadIdx.x));
+}
+
+__global__ void vector_out_of_bounds(int* y, bool broken) {
+  if (threadIdx.x < 32 + broken) cuda::store_vector(y + 4 * threadIdx.x, cuda::Vector<int>{{1, 2, 3, 4}});
+}
+
 __global__ void divergent_barrier(int* y, bool broken) {
   if (threadIdx.x < 32 && broken)
     __syncthreads();
@@ -170,7 +181,7 @@ const std::map<std::string, Launcher> all{
     KERNEL(dynamic_out_of_bounds, 1), KERNEL(misaligned, 1),          KERNEL(divergent_barrier, 1),
     KERNEL(deadlock, 1),             KERNEL(lane_outside_mask, 1),    KERNEL(lane_has_left, 1),
     KERNEL(shuffle_source, 1),       KERNEL(different_collectives, 1), KERNEL(missing_wait, 1),
-    KERNEL(wait_without_barrier, 1), KERNEL(wrong_group, 1),          KERNEL(abandoned_copy, 1),
+    KERNEL(vector_race, 1), KERNEL(vector_out_of_bounds, 1), KERNEL(wait_without_barrier, 1), KERNEL(wrong_group, 1),          KERNEL(abandoned_copy, 1),
 };
 
 }  // namespace
