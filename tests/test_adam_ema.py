@@ -50,7 +50,7 @@ def on_the_host(lists, step, seed, *, lr, beta1, beta2, eps, weight_decay, decou
     run_clean(simt().adam_ema, *arrays, to_output(step), *numbers, seed=seed)
 
 
-@pytest.mark.parametrize(("decoupled", "step"), product([False, True], [1, 10]))
+@pytest.mark.parametrize(("decoupled", "step"), list(product([False, True], [1, 10])))
 def test_definition_is_the_papers(decoupled, step):
     lists = network(torch.float64)
     expected = copies(lists)
@@ -82,7 +82,7 @@ def test_definition_is_torchs_optimiser_then_lerp(optimiser):
         assert torch.equal(got, want.detach())
 
 
-@pytest.mark.parametrize(("decoupled", "step"), product([False, True], [1, 1000]))
+@pytest.mark.parametrize(("decoupled", "step"), list(product([False, True], [1, 1000])))
 def test_cuda_kernel_against_the_definition(decoupled, step):
     options = {**OPTIONS, "decoupled": decoupled, "ema_decay": 0.999}
     lists, at = network(), torch.tensor([float(step)])

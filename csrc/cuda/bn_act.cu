@@ -178,7 +178,7 @@ struct Backward {
 }  // namespace
 
 int64_t bn_workspace(BnShape shape) {
-  return int64_t{make_grid(shape, 1).partials()} * shape.channels * sums;
+  return int64_t{make_grid(shape, 1).partials()} * shape.channels * (sizeof(Total) / sizeof(float));
 }
 
 int bn_stats(Element element, BnShape shape, const void* y, float* mean, float* m2, float* workspace, void* stream) {

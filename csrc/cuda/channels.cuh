@@ -154,8 +154,8 @@ int launch_map(const Operation& operation, BnShape shape, void* stream) {
 
 template <int V, class Operation>
 __global__ void __launch_bounds__(block_threads)
-    reduce_channels_last(Operation operation, int64_t rows, int channels, int lanes, Sums* partials) {
-  __shared__ Sums of_warp[warps_per_block][most_lanes * V];
+    reduce_channels_last(Operation operation, int64_t rows, int channels, int lanes, Total* partials) {
+  __shared__ Total of_warp[warps_per_block][most_lanes * V];
   int lane = threadIdx.x % lanes, channel = (blockIdx.x * lanes + lane) * V;
   bool inside = channel < channels;
   Sums running[V];
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(block_threads)
     Total total;
     total.add(running[i]);
     for (int bits = warp / 2; bits >= lanes; bits /= 2) total.add_lane(bits);
-    if (threadIdx.x % warp < lanes) of_warp[threadIdx.x / warp][lane * V + i] = total.value();
+    if (threadIdx.x % warp < lanes) of_warp[threadIdx.x / warp][lane * V + i] = total;
   }
   __syncthreads();
   if (threadIdx.x < lanes && inside) {
@@ -182,15 +182,15 @@ __global__ void __launch_bounds__(block_threads)
     for (int i = 0; i < V; i++) {
       Total total;
       for (int w = 0; w < warps_per_block; w++) total.add(of_warp[w][lane * V + i]);
-      partials[int64_t{blockIdx.y} * channels + channel + i] = total.value();
+      partials[int64_t{blockIdx.y} * channels + channel + i] = total;
     }
   }
 }
 
 template <int V, class Operation>
 __global__ void __launch_bounds__(block_threads)
-    reduce_contiguous(Operation operation, unsigned n, unsigned hw, int channels, Sums* partials) {
-  __shared__ Sums of_warp[warps_per_block];
+    reduce_contiguous(Operation operation, unsigned n, unsigned hw, int channels, Total* partials) {
+  __shared__ Total of_warp[warps_per_block];
   typename Operation::Channel constants = operation.channel(blockIdx.x);
   Sums running;
   for_positions<V>(operation, n, hw, channels, blockIdx.x, [&](int64_t, const auto& loaded) {
@@ -200,25 +200,25 @@ __global__ void __launch_bounds__(block_threads)
   Total of_lanes;
   of_lanes.add(running);
   for (int bits = warp / 2; bits > 0; bits /= 2) of_lanes.add_lane(bits);
-  if (threadIdx.x % warp == 0) of_warp[threadIdx.x / warp] = of_lanes.value();
+  if (threadIdx.x % warp == 0) of_warp[threadIdx.x / warp] = of_lanes;
   __syncthreads();
   if (threadIdx.x == 0) {
     Total total;
     for (int w = 0; w < warps_per_block; w++) total.add(of_warp[w]);
-    partials[int64_t{blockIdx.y} * channels + blockIdx.x] = total.value();
+    partials[int64_t{blockIdx.y} * channels + blockIdx.x] = total;
   }
 }
 
 // A warp's width of channels, warps_per_block threads deep.
 template <class Operation>
 __global__ void __launch_bounds__(block_threads)
-    combine_partials(Operation operation, int channels, const Sums* partials, int count) {
-  __shared__ Sums of_warp[warps_per_block][warp];
+    combine_partials(Operation operation, int channels, const Total* partials, int count) {
+  __shared__ Total of_warp[warps_per_block][warp];
   int lane = threadIdx.x % warp, depth = threadIdx.x / warp, channel = blockIdx.x * warp + lane;
   Total share, total;
   if (channel < channels)
     for (int p = depth; p < count; p += warps_per_block) share.add(partials[int64_t{p} * channels + channel]);
-  of_warp[depth][lane] = share.value();
+  of_warp[depth][lane] = share;
   __syncthreads();
   if (depth == 0 && channel < channels) {
     for (int d = 0; d < warps_per_block; d++) total.add(of_warp[d][lane]);
@@ -230,7 +230,7 @@ template <int V, class Operation>
 int launch_reduce(const Operation& operation, BnShape shape, float* workspace, void* stream) {
   Grid grid = make_grid(shape, V);
   int channels = static_cast<int>(shape.channels);
-  auto* partials = reinterpret_cast<Sums*>(workspace);
+  auto* partials = reinterpret_cast<Total*>(workspace);
   int error = shape.channels_last
                   ? FASTGAN_LAUNCH((reduce_channels_last<V, Operation>), dim3(grid.x, grid.y), block_threads, 0, stream,
                                    operation, shape.n * shape.hw, channels, grid.lanes, partials)

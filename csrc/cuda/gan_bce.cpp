@@ -7,12 +7,12 @@ namespace fastgan::cuda {
 namespace {
 
 BceHalf check_half(const char* name, const std::optional<Tensor>& logits, const Tensor& first, double target, Tensor& grad) {
-  if (!logits) return {nullptr, 0, 0.f, grad.mutable_data_ptr<float>()};
+  if (!logits) return {nullptr, 0, 0., grad.mutable_data_ptr<float>()};
   check_cuda("gan_bce", name, *logits, first);
   STD_TORCH_CHECK(logits->scalar_type() == first.scalar_type(), "gan_bce: both halves must have the same dtype");
   STD_TORCH_CHECK(logits->is_contiguous() && logits->numel() > 0, "gan_bce: ", name,
                   " must be contiguous and not empty, got ", shape_of(*logits));
-  return {logits->const_data_ptr(), logits->numel(), static_cast<float>(target), grad.mutable_data_ptr<float>()};
+  return {logits->const_data_ptr(), logits->numel(), target, grad.mutable_data_ptr<float>()};
 }
 
 Tensor gradient_of(const std::optional<Tensor>& logits, const Tensor& first) {

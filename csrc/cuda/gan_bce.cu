@@ -15,13 +15,16 @@ __global__ void __launch_bounds__(bce_threads) bce(BceHalf real, BceHalf fake, f
   BceHalf half = blockIdx.x == 0 ? real : fake;
   auto* logits = static_cast<const T*>(half.logits);
   float n = static_cast<float>(half.n);
+  float target = static_cast<float>(half.target), other = static_cast<float>(1. - half.target);
   Total total;
   for (int64_t i = threadIdx.x; i < half.n; i += bce_threads) {
-    // -t log p - (1 - t) log(1 - p) = (1 - t) x + max(-x, 0) + log(1 + exp(-|x|)), which no logit can overflow.
-    float x = to_float(logits[i]), e = expf(-fabsf(x));
+    // -log p = max(-x, 0) + log(1 + exp(-|x|)) and -log(1 - p) = max(x, 0) + ..., which no logit can overflow.
+    float x = to_float(logits[i]), e = expf(-fabsf(x)), log_sum = log1pf(e), loss = 0;
     float p = x >= 0 ? 1.f / (1.f + e) : e / (1.f + e);
-    total.add(Sums{(1.f - half.target) * x + (fmaxf(-x, 0.f) + log1pf(e)), p});
-    half.grad[i] = (p - half.target) / n;
+    if (target != 0) loss = target * (fmaxf(-x, 0.f) + log_sum);
+    if (other != 0) loss = fmaf(other, fmaxf(x, 0.f) + log_sum, loss);
+    total.add(Sums{loss, p});
+    half.grad[i] = (p - target) / n;
   }
   for (int bits = warp / 2; bits > 0; bits /= 2) total.add_lane(bits);
   if (threadIdx.x % warp == 0) of_warp[threadIdx.x / warp] = total.value();

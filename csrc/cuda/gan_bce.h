@@ -10,7 +10,7 @@ namespace fastgan::cuda {
 struct BceHalf {
   const void* logits;
   int64_t n;
-  float target;
+  double target;
   float* grad;
 };
 

@@ -10,10 +10,11 @@ struct Sums {
   float of[sums] = {};
 };
 
-// Sums of many Sums that keep what each addition rounds away (Neumaier, 1974).
+// Sums of many Sums that keep what each addition rounds away (Neumaier, 1974): rounded + lost.
 struct Total {
   Sums rounded, lost;
 
+  __device__ __forceinline__ void add(const Total& other) { add(other.rounded, other.lost); }
   __device__ __forceinline__ void add(const Sums& terms, const Sums& terms_lost = {}) {
 #pragma unroll
     for (int i = 0; i < sums; i++) {
@@ -25,13 +26,13 @@ struct Total {
   }
   // Adds the total of the lane whose number differs in `bits`.
   __device__ __forceinline__ void add_lane(int bits) {
-    Sums terms, terms_lost;
+    Total other;
 #pragma unroll
     for (int i = 0; i < sums; i++) {
-      terms.of[i] = __shfl_xor_sync(all_lanes, rounded.of[i], bits);
-      terms_lost.of[i] = __shfl_xor_sync(all_lanes, lost.of[i], bits);
+      other.rounded.of[i] = __shfl_xor_sync(all_lanes, rounded.of[i], bits);
+      other.lost.of[i] = __shfl_xor_sync(all_lanes, lost.of[i], bits);
     }
-    add(terms, terms_lost);
+    add(other);
   }
   __device__ __forceinline__ Sums value() const {
     Sums result;

@@ -97,7 +97,7 @@ void bn_act_backward(int element, py::tuple nchw, bool channels_last, py::array 
                         in_weight.get<float>(), in_bias.get<float>(), count, out.get<void>(), nullptr);
 }
 
-void gan_bce(int element, py::array real, py::array fake, float real_target, float fake_target, py::array stats,
+void gan_bce(int element, py::array real, py::array fake, double real_target, double fake_target, py::array stats,
              py::array grad_real, py::array grad_fake) {
   Array in_real(real), in_fake(fake), out_stats(stats), out_real(grad_real), out_fake(grad_fake);
   cuda::gan_bce(Element(element), {in_real.get<void>(), real.size(), real_target, out_real.get<float>()},
