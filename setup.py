@@ -52,9 +52,7 @@ class BuildLibraries(build_ext):
             self.built.append(output.name)
         except build.BuildError as error:
             if asked == "1":
-                sys.exit(
-                    f"fastgan: the {library} library cannot be built (FASTGAN_BUILD_{library.upper()}=1): {error}"
-                )
+                sys.exit(f"fastgan: FASTGAN_BUILD_{library.upper()}=1, but the library cannot be built: {error}")
             if asked != "0":
                 report(library, error)
             record = {"error": str(error)}

@@ -100,8 +100,7 @@ def get_build_parameters(library: str) -> BuildParameters:
         raise BuildError(f"library must be one of {', '.join(recipes)}; got {library!r}")
     if not CSRC.is_dir():
         raise BuildError(
-            f"the C++ sources are missing: expected the folder {CSRC}. Install fastgan from its wheel or "
-            "repository."
+            f"the C++ sources are missing: expected the folder {CSRC}. Install fastgan from its wheel or repository."
         )
     cxx = find_cxx()
     metadata = {
@@ -139,9 +138,7 @@ def _cpu(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
     sets = [s for s in INSTRUCTION_SETS if _supports(cxx, INSTRUCTION_SETS[s])]
     command = (*cxx, "-O3", *_cxx_flags(), *torch.flags("cpu"), *(f"-DFASTGAN_HAS_{s.upper()}" for s in sets))
     files = sorted((CSRC / "cpu").glob("*.cpp"))
-    units = [
-        _unit(f, command) for f in (CSRC / "registration.cpp", *files) if not f.name.endswith(".isa.cpp")
-    ]
+    units = [_unit(f, command) for f in (CSRC / "registration.cpp", *files) if not f.name.endswith(".isa.cpp")]
     # Sets in ascending order: the linker keeps the first of several copies of an inline function, so code of one
     # set can only ever call library templates compiled for that set or a smaller one.
     for s in sets:
@@ -183,9 +180,7 @@ def _simt(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
     )
     units = [_unit(f, host) for f in sorted((CSRC / "simt").glob("*.cpp"))]
     units += [_unit(f, kernel) for d in ("simt", "cuda") for f in sorted((CSRC / d).glob("*.cu"))]
-    return BuildParameters(
-        "simt", tuple(units), _link(cxx), (), metadata | {"python": sys.version.split()[0]}
-    )
+    return BuildParameters("simt", tuple(units), _link(cxx), (), metadata | {"python": sys.version.split()[0]})
 
 
 @functools.cache
@@ -370,11 +365,7 @@ def build(parameters: BuildParameters, folder: Path, output: Path) -> None:
 def first_error(log: str) -> str:
     """The first line of a build log that names an error, or its last line."""
     lines = [line.strip() for line in log.strip().splitlines() if line.strip()]
-    named = [
-        line
-        for line in lines
-        if re.search(r"\berror\b|undefined reference|cannot find|not found|Killed", line)
-    ]
+    named = [line for line in lines if re.search(r"\berror\b|undefined reference|cannot find|not found|Killed", line)]
     return (named or lines or ["no output"])[0 if named else -1]
 
 

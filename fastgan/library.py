@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from fastgan import build
 from fastgan.errors import BackendError
 
@@ -32,6 +30,8 @@ def load(library: str) -> None:
 
     The outcome is remembered: a failure is raised as the same `BackendError` on every later call, at no cost.
     """
+    import torch
+
     with _mutex:
         if library not in _outcomes:
             try:
@@ -40,9 +40,7 @@ def load(library: str) -> None:
             except build.BuildError as error:
                 _outcomes[library] = BackendError(f"the {library} library is not available: {error}")
             except OSError as error:
-                _outcomes[library] = BackendError(
-                    f"the {library} library was built but does not load: {error}"
-                )
+                _outcomes[library] = BackendError(f"the {library} library does not load: {error}")
     if (failure := _outcomes[library]) is not None:
         raise failure
 
@@ -74,9 +72,7 @@ def _find_or_build(library: str) -> Path:
         if record is not None:
             return _package_file(build.library_filename(library))
         if jit == "0":
-            raise build.BuildError(
-                f"{reason}, and FASTGAN_JIT=0 forbids building it now. Install fastgan again."
-            )
+            raise build.BuildError(f"{reason}, and FASTGAN_JIT=0 forbids building it now. Install fastgan again.")
     return build_just_in_time(library, reason, retry=jit == "1")
 
 
@@ -114,6 +110,8 @@ def mismatch(record: dict[str, str], library: str) -> str:
         ("sources", record.get("sources"), build.source_digest(library)),
     ]
     if library == "cuda":
+        import torch
+
         built, running = record.get("cuda", "none"), torch.version.cuda or "none"
         checks.append(("CUDA major version", built.split(".")[0], running.split(".")[0]))
     for what, built_for, here in checks:

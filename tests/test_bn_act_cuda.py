@@ -89,9 +89,7 @@ def reduce(dz, y, layout, per_channel, slope, seed):
     given = tuple(map(to_input, per_channel))
     sources = arrays(layout, dz, y)
     targets = map(to_output, sums)
-    run_clean(
-        simt().bn_act_reduce, DTYPES[y.dtype], tuple(y.shape), last, *sources, given, slope, *targets, seed=seed
-    )
+    run_clean(simt().bn_act_reduce, DTYPES[y.dtype], tuple(y.shape), last, *sources, given, slope, *targets, seed=seed)
     return sums
 
 

@@ -93,9 +93,7 @@ def test_seed_changes_the_order_of_threads():
 
 def test_runs_where_there_is_no_cuda():
     """The module needs no CUDA library and no CUDA header: it must run on machines without a toolkit."""
-    linked = subprocess.run(
-        ["ldd", simt().__file__ or simt().__spec__.origin], capture_output=True, text=True
-    )
+    linked = subprocess.run(["ldd", simt().__file__ or simt().__spec__.origin], capture_output=True, text=True)
     assert "cuda" not in linked.stdout
     for unit in build.get_build_parameters("simt").units:
         assert not any("cuda/include" in word or "-lcudart" in word for word in unit.command)

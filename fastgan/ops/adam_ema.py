@@ -53,14 +53,10 @@ def adam_ema(
     lists |= {"ema_params": ema_params} if len(ema_params) else {}
     for name, tensors in lists.items():
         if len(tensors) != len(params):
-            raise ValueError(
-                f"adam_ema: {name} must have one tensor per parameter, {len(params)}, got {len(tensors)}"
-            )
+            raise ValueError(f"adam_ema: {name} must have one tensor per parameter, {len(params)}, got {len(tensors)}")
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor.shape != param.shape or tensor.dtype != param.dtype or tensor.device != param.device:
-                raise ValueError(
-                    f"adam_ema: {name}[{i}] must be like params[{i}], {_text(param)}, got {_text(tensor)}"
-                )
+                raise ValueError(f"adam_ema: {name}[{i}] must be like params[{i}], {_text(param)}, got {_text(tensor)}")
     if not params:
         return
     torch.ops.fastgan.adam_ema(
