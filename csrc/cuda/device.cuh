@@ -89,6 +89,6 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
-constexpr int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+__host__ __device__ constexpr int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 }  // namespace fastgan::cuda

@@ -8,6 +8,7 @@
 
 #include "cuda/adam_ema.h"
 #include "cuda/bn_act.h"
+#include "cuda/conv_bn_act.h"
 #include "cuda/gan_bce.h"
 #include "simt/runtime.h"
 #include "simt/selftest.h"
@@ -119,7 +120,38 @@ void adam_ema(std::vector<py::array> params, std::vector<py::array> grads, std::
                  {lr, beta1, beta2, eps, weight_decay, decoupled, ema_decay}, nullptr);
 }
 
+// geometry: (stride, padding, dilation), or (stride, padding, output_padding) when transposed; one for both axes.
+// prologue: (mean, scale, bias), or empty for none. y has the shape of the result, channels-last.
+void conv(int element, bool transposed, py::array x, py::array weight, py::tuple prologue, float slope, py::tuple geometry,
+          py::array y, py::array mean, py::array m2) {
+  int stride = geometry[0].cast<int>(), padding = geometry[1].cast<int>(), third = geometry[2].cast<int>();
+  int n = x.shape(0), channels = x.shape(3), out_channels = weight.shape(0);
+  auto axis = [&](int d, int phase) {
+    int input = x.shape(d), weights = weight.shape(d);
+    return transposed ? cuda::transposed_axis(input, weights, stride, padding, third, phase)
+                      : cuda::conv_axis(input, weights, stride, padding, third);
+  };
+  std::vector<cuda::ConvShape> phases;
+  for (int h = 0; h < (transposed ? stride : 1); h++)
+    for (int w = 0; w < (transposed ? stride : 1); w++) phases.push_back({n, channels, out_channels, axis(1, h), axis(2, w)});
+  Array in_x(x), in_weight(weight), out_y(y), out_mean(mean), out_m2(m2);
+  std::deque<Array> given;
+  for (py::handle p : prologue) given.emplace_back(p.cast<py::array>());
+  cuda::ConvPrologue constants{nullptr, nullptr, nullptr, slope};
+  if (!given.empty()) constants = {given[0].get<float>(), given[1].get<float>(), given[2].get<float>(), slope};
+  int parts = 0, done = 0;
+  for (const auto& phase : phases) parts += cuda::conv_parts(phase);
+  Floats partials(int64_t{parts} * out_channels * 4);
+  for (const auto& phase : phases) {
+    cuda::conv_forward(Element(element), phase, in_x.get<void>(), in_weight.get<void>(), constants, out_y.get<void>(),
+                       partials.memory + int64_t{done} * out_channels * 4, nullptr);
+    done += cuda::conv_parts(phase);
+  }
+  cuda::conv_statistics(partials.memory, parts, out_channels, out_mean.get<float>(), out_m2.get<float>(), nullptr);
+}
+
 void bind_kernels(py::module_& m) {
+  m.def("conv", &conv);
   m.def("bn_stats", &bn_stats);
   m.def("bn_act", &bn_act);
   m.def("bn_act_reduce", &bn_act_reduce);
