@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from functools import partial
+from pathlib import Path
 
 import fastgan.kernels.bn_act as kernels
 import pytest
@@ -64,7 +65,7 @@ def results(kernel, args):
 
 
 def verdict(module, name, several):
-    """Why the kernel of `module` misses, or None, over several arguments together: a sum of one channel may be lucky."""
+    """Why the kernel of `module` misses, or None; over several arguments together, as one channel may be lucky."""
     eager = backends.kernel("eager", name)
     got, own, truth = [], [], []
     for args in several:
@@ -313,7 +314,7 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_caught(tmp_path, monkeypatch, bug):
     right, wrong, name = PLANTED[bug]
-    source = open(kernels.__file__).read()
+    source = Path(kernels.__file__).read_text()
     assert source.count(right) == 1, "the kernels changed: plant the bug anew"
     path = tmp_path / "planted_kernels.py"
     path.write_text(source.replace(right, wrong))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, requested, run
+from fastgan.backends import choose, count, requested, run, runner
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
@@ -174,10 +174,10 @@ def _statistics(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: flo
 
 def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, backend):
     input = dense(input)
-    name = choose("bn_act", input, backend)
-    mean, m2 = run(name, "bn_stats", input)
+    run = runner("bn_act", input, backend)
+    mean, m2 = run("bn_stats", input)
     var = m2 / (input.numel() // input.shape[1])
-    z = run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    z = run("bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
     return z, mean, var
 
 
@@ -188,8 +188,8 @@ def _train_fake(input, weight, bias, eps, slope, backend):
 
 def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend):
     input = dense(input)
-    name = choose("bn_act", input, backend)
-    return run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    run = runner("bn_act", input, backend)
+    return run("bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
 
 
 def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
@@ -201,15 +201,15 @@ def _grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
     dz = like(dz, input)
-    name = choose("bn_act", input, backend)
+    run = runner("bn_act", input, backend)
     args = (dz, input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
-    sums = run(name, "bn_act_reduce", *args) if training or needs_affine else (None, None)
+    sums = run("bn_act_reduce", *args) if training or needs_affine else (None, None)
     if not needs_input:
         dy = input.new_empty(0)
     elif training:
-        dy = run(name, "bn_act_backward", *args, *sums, input.numel() // input.shape[1])
+        dy = run("bn_act_backward", *args, *sums, input.numel() // input.shape[1])
     else:
-        dy = run(name, "bn_act_backward", *args, None, None, 0)
+        dy = run("bn_act_backward", *args, None, None, 0)
     grad_weight, grad_bias = (
         input.new_empty(0) if value is None or not needs_affine else total.to(value.dtype, copy=False)
         for value, total in zip((weight, bias), sums, strict=True)
@@ -332,13 +332,14 @@ def _split(name: str):
         *args, backend = given
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         y = tensors[1] if name in ("bn_act_reduce", "bn_act_backward") else tensors[0]
-        return run(choose("bn_act", y, backend), name, *args)
+        return runner("bn_act", y, backend)(name, *args)
 
     return implementation
 
 
 def _update(running_mean, running_var, mean, var, n, momentum, backend):
-    name = choose("bn_act", mean, backend) if backend is not None else "eager"
+    # Unforced, an O(C) operation on CPU is not worth a search; on CUDA one launch replaces four.
+    name = choose("bn_act", mean, backend) if backend is not None or mean.is_cuda else "eager"
     run(name, "update_running_stats", running_mean, running_var, mean, var, n, momentum)
     if name != "eager":
         torch.autograd.graph.increment_version((running_mean, running_var))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, define, requested, run
+from fastgan.backends import choose, count, define, requested, runner
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 
 
@@ -140,8 +140,7 @@ define("gan_bce", {"gan_bce": _eager})
 
 
 def _forward(real, fake, real_target, fake_target, backend):
-    name = choose("gan_bce", _some(real, fake), backend)
-    return run(name, "gan_bce", real, fake, real_target, fake_target)
+    return runner("gan_bce", _some(real, fake), backend)("gan_bce", real, fake, real_target, fake_target)
 
 
 def _forward_fake(real, fake, real_target, fake_target, backend):
