@@ -16,9 +16,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> BytesIO:
     return file
 
 
-def decode(
-    image: Image.Image, side: int, channels: int | None = None, crop: str = "center", **save
-) -> np.ndarray:
+def decode(image: Image.Image, side: int, channels: int | None = None, crop: str = "center", **save) -> np.ndarray:
     return square(open_image(encoded(image, **save)), side, channels, crop)[0]
 
 

@@ -26,6 +26,7 @@ from fastgan.train.progress import Progress, duration
 from fastgan.versions import device_name, versions
 
 GRID = 64  # fixed latents whose images are followed through training
+REPORT_SECONDS = 20.0  # report.html is drawn at checkpoints, but no more often than this
 
 
 class Diverged(FastganError):
@@ -56,8 +57,8 @@ class Trainer:
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
         self.data = _prepare(config, self.console)
-        _check_data(config, self.data)
-        torch.manual_seed(config.seed)
+        self.batches = Batches(self.data, config.batch_size, seed=config.seed, flip=config.flip, device=self.device)
+        checkpoint.seed_all(config.seed)
         channels = self.data.channels
         self.generator = build_generator(config, channels)
         self.discriminator = Discriminator(
@@ -95,14 +96,6 @@ class Trainer:
             autocast=None if self.precision == torch.float32 else self.precision,
             scaler=self.scaler,
         )
-        self.batches = Batches(
-            self.data,
-            config.batch_size,
-            seed=config.seed,
-            flip=config.flip,
-            crop_size=config.image_size if config.crop == "random" else None,
-            device=self.device,
-        )
         self.fixed_latents = draw_latents(GRID, config.latent_dim, config.seed).to(self.device)
         self.seconds = 0.0  # spent in training steps, over all sessions of the run
         if config.resume is not None:
@@ -130,6 +123,7 @@ class Trainer:
             self._save()  # shows at once whether the disk takes it, and a run can be resumed from its first second
         log = Log(self.run_folder, self.step.steps, self.config.tensorboard)
         window = _Window()
+        reported = -math.inf
         try:
             with Progress(self.console, self.config.kimg) as progress, _catch_signals() as caught:
                 while self.kimg < self.config.kimg:
@@ -144,12 +138,14 @@ class Trainer:
                         self._sample()
                     if last or self._due(self.config.checkpoint_kimg):
                         saved = self._save()
+                        if last or time.monotonic() - reported > REPORT_SECONDS:
+                            self._write_html()
+                            reported = time.monotonic()
                         if stopping:
                             raise Interrupted(stopping[0], saved)
         finally:
             log.close()
             self.batches.close()
-        self._write_html()
         self.console.print(
             f"{self.run_folder}: done after {duration(self.seconds)} of training. "
             f"Open {self.run_folder / 'report.html'}"
@@ -247,8 +243,6 @@ class Trainer:
             "versions": versions(),
         }
         path = checkpoint.write(self.run_folder, self.step.steps, tensors, header)
-        if self.step.steps:
-            self._write_html()
         return path
 
     def _load(self, source: Path) -> None:
@@ -404,12 +398,4 @@ def _prepare(config: TrainConfig, console: Console) -> PreparedImages:
             crop=config.crop,
             cache_dir=config.cache,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-
-
-def _check_data(config: TrainConfig, data: PreparedImages) -> None:
-    if len(data) < config.batch_size:
-        raise FastganError(
-            f"--batch-size: {config.batch_size} is more than the {len(data)} images of {data.source}; "
-            f"take --batch-size {2 ** int(math.log2(max(len(data), 2)))} or more images"
         )
