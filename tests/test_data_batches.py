@@ -15,9 +15,7 @@ from fastgan.data.batches import epoch_order
 from fastgan.errors import DataError
 
 
-def numbered(
-    count: int, side: int = 2, image_size: int | None = None, fingerprint: str = "f"
-) -> PreparedImages:
+def numbered(count: int, side: int = 2, image_size: int | None = None, fingerprint: str = "f") -> PreparedImages:
     """Images whose first two pixels spell their index."""
     images = np.zeros((count, side, side, 1), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 1, 0] = divmod(np.arange(count), 256)

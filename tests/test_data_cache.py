@@ -91,7 +91,7 @@ def test_each_preparation_has_an_entry_of_its_own(photos, cache):
         (8, None, "center"): (8, 1),
         (4, None, "center"): (4, 1),
         (8, 3, "center"): (8, 3),
-        (4, None, "stretch"): (4, 1),
+        (4, None, "none"): (4, 1),
         (4, 4, "center"): (4, 4),
     }
     for (size, channels, crop), (side, depth) in shapes.items():
@@ -150,9 +150,7 @@ def _prepare_and_report(photos, cache, barrier, queue):
 def test_two_processes_at_once(photos, cache):
     fork = multiprocessing.get_context("fork")
     barrier, queue = fork.Barrier(2), fork.Queue()
-    processes = [
-        fork.Process(target=_prepare_and_report, args=(photos, cache, barrier, queue)) for _ in range(2)
-    ]
+    processes = [fork.Process(target=_prepare_and_report, args=(photos, cache, barrier, queue)) for _ in range(2)]
     for process in processes:
         process.start()
     fingerprints = {queue.get(timeout=60) for _ in processes}
@@ -247,9 +245,7 @@ def test_a_write_that_the_system_refuses_is_explained_and_cleared(photos, cache)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # files of 12,800 bytes do not fit
     try:
-        with pytest.raises(
-            DataError, match=r"cannot be written to .*cache: the disk is full \(File too large\)"
-        ):
+        with pytest.raises(DataError, match=r"cannot be written to .*cache: the disk is full \(File too large\)"):
             prepare(photos, 8, cache_dir=cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -271,9 +267,7 @@ def test_without_a_writable_home_the_images_live_for_this_process(photos, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTGAN_CACHE", raising=False)
     before = sorted(tmp_path.iterdir())
-    with pytest.warns(
-        UserWarning, match=r"cannot be written to \(Not a directory\); images are decoded anew"
-    ):
+    with pytest.warns(UserWarning, match=r"cannot be written to \(Not a directory\); images are decoded anew"):
         prepared = prepare(photos, 8)
     assert prepared.images[:, 0, 0, 0].tolist() == list(range(200))
     assert sorted(tmp_path.iterdir()) == before

@@ -16,9 +16,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> BytesIO:
     return file
 
 
-def decode(
-    image: Image.Image, side: int, channels: int | None = None, crop: str = "center", **save
-) -> np.ndarray:
+def decode(image: Image.Image, side: int, channels: int | None = None, crop: str = "center", **save) -> np.ndarray:
     return square(open_image(encoded(image, **save)), side, channels, crop)[0]
 
 
@@ -118,14 +116,14 @@ def test_broken_exif_does_not_lose_the_image():
     assert np.array_equal(decode(image, 8, 3, exif=broken), np.asarray(image))
 
 
-def test_center_crop_takes_the_middle_and_stretch_takes_all():
+def test_center_crop_takes_the_middle_and_none_takes_all():
     image = Image.new("L", (48, 16), 0)
     image.paste(255, (16, 0, 32, 16))
     assert (decode(image, 16) == 255).all()
-    stretched = decode(image, 16, crop="stretch")[8, :, 0]
-    assert stretched[0] == 0
-    assert stretched[8] > 240
-    assert stretched[15] == 0
+    squeezed = decode(image, 16, crop="none")[8, :, 0]
+    assert squeezed[0] == 0
+    assert squeezed[8] > 240
+    assert squeezed[15] == 0
 
 
 def test_small_images_are_enlarged_and_say_so():

@@ -129,9 +129,7 @@ def cached(
         problem = f"the cache folder {root} cannot be written to ({error.strerror})"
         if chosen:
             raise DataError(f"{problem}; choose another one, or leave the choice to fastgan") from error
-        warnings.warn(
-            f"{problem}; images are decoded anew in each run until FASTGAN_CACHE names one", stacklevel=3
-        )
+        warnings.warn(f"{problem}; images are decoded anew in each run until FASTGAN_CACHE names one", stacklevel=3)
         with _room(Path(tempfile.gettempdir()), needed), tempfile.TemporaryFile() as file:
             return build(file)
     try:
@@ -165,9 +163,7 @@ def _load(entry: Path) -> PreparedImages | None:
 
 def _save(folder: Path, prepared: PreparedImages) -> None:
     """Write what stands beside the images, and see that all of it is on disk."""
-    meta: dict[str, Any] = {
-        name: value for name, value in vars(prepared).items() if name not in ("images", "labels")
-    }
+    meta: dict[str, Any] = {name: value for name, value in vars(prepared).items() if name not in ("images", "labels")}
     meta |= {"shape": prepared.images.shape, "labelled": prepared.labels is not None}
     if prepared.labels is not None:
         with open(folder / _LABELS, "xb") as file:

@@ -44,7 +44,7 @@ def prepare(
     image_size: side of the square images in pixels, 1 to 4096.
     channels: 1, 3 or 4; None takes 1 if no image has colour, else 3.
     crop: "center" (largest centred square), "random" (the same, but S is 1/8 larger than image_size and
-    `Batches` cuts at random), "stretch" (whole image, aspect ratio ignored).
+    `Batches` cuts at random), "none" (whole image, aspect ratio ignored).
     cache_dir: default $FASTGAN_CACHE, else ~/.cache/fastgan.
     progress: called as progress(done, total) while decoding, with numbers of images.
 
@@ -76,9 +76,7 @@ def prepare(
                 if progress and (done % 64 == 0 or done == len(opened)):
                     progress(done, len(opened))
         if len(skipped) == len(opened):
-            raise DataError(
-                f"none of the {len(opened)} images in {opened.name} can be read; {_examples(skipped)}"
-            )
+            raise DataError(f"none of the {len(opened)} images in {opened.name} can be read; {_examples(skipped)}")
         images, labels, fingerprint = store.finish()
         return PreparedImages(
             images=images,
@@ -135,14 +133,8 @@ def open_source(source: str | os.PathLike | None) -> Source:
 
 
 def _check_arguments(image_size: int, channels: int | None, crop: str) -> None:
-    if (
-        not isinstance(image_size, int)
-        or isinstance(image_size, bool)
-        or not 1 <= image_size <= MAX_IMAGE_SIZE
-    ):
-        raise DataError(
-            f"image_size: expected a whole number of pixels from 1 to {MAX_IMAGE_SIZE}, got {image_size!r}"
-        )
+    if not isinstance(image_size, int) or isinstance(image_size, bool) or not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise DataError(f"image_size: expected a whole number of pixels from 1 to {MAX_IMAGE_SIZE}, got {image_size!r}")
     if channels not in (None, 1, 3, 4):
         raise DataError(f"channels: expected 1, 3, 4 or None (decided from the images), got {channels!r}")
     if crop not in CROPS:
