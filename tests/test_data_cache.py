@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgan.data import prepare
+from fastgan.data import DataWarning, prepare
 from fastgan.data.preparation import open_source
 from fastgan.errors import DataError
 
@@ -267,7 +267,7 @@ def test_without_a_writable_home_the_images_live_for_this_process(photos, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTGAN_CACHE", raising=False)
     before = sorted(tmp_path.iterdir())
-    with pytest.warns(UserWarning, match=r"cannot be written to \(Not a directory\); images are decoded anew"):
+    with pytest.warns(DataWarning, match=r"cannot be written to \(Not a directory\); images are decoded anew"):
         prepared = prepare(photos, 8)
     assert prepared.images[:, 0, 0, 0].tolist() == list(range(200))
     assert sorted(tmp_path.iterdir()) == before

@@ -29,6 +29,10 @@ _STALE_SECONDS = 24 * 3600
 _BLOCK_BYTES = 16 * 2**20
 
 
+class DataWarning(UserWarning):
+    """Images can be used, but not quite as someone may expect: some skipped, some enlarged, nothing cached."""
+
+
 @dataclass(frozen=True)
 class PreparedImages:
     """Decoded images of one size, ready to be drawn from."""
@@ -129,7 +133,8 @@ def cached(
         problem = f"the cache folder {root} cannot be written to ({error.strerror})"
         if chosen:
             raise DataError(f"{problem}; choose another one, or leave the choice to fastgan") from error
-        warnings.warn(f"{problem}; images are decoded anew in each run until FASTGAN_CACHE names one", stacklevel=3)
+        advice = "images are decoded anew in each run until FASTGAN_CACHE names another"
+        warnings.warn(f"{problem}; {advice}", DataWarning, stacklevel=3)
         with _room(Path(tempfile.gettempdir()), needed), tempfile.TemporaryFile() as file:
             return build(file)
     try:
