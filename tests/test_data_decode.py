@@ -75,6 +75,8 @@ def test_sixteen_bits_are_scaled_not_clipped():
     for format in ("PNG", "TIFF"):
         pixels = decode(Image.fromarray(ramp), 16, format=format)
         assert np.array_equal(pixels.ravel(), np.arange(256))
+    between = np.array([[257 * 10 + 128, 257 * 10 + 129], [0, 65535]], np.uint16)
+    assert decode(Image.fromarray(between), 2).ravel().tolist() == [10, 11, 0, 255], "rounded, not cut off"
 
 
 def test_cmyk_and_one_bit_images_are_read():
