@@ -181,6 +181,24 @@ def test_a_killed_process_leaves_no_entry_and_its_rest_is_cleared_a_day_later(ph
     assert len(entries(cache)) == 2
 
 
+def test_all_of_an_entry_is_on_disk_before_it_appears(photos, cache, monkeypatch):
+    synced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def record(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        synced.append((name, any(entry.startswith("images-") for entry in entries(cache))))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", record)
+    prepare(photos, 8, cache_dir=cache)
+    *before, folder, root = synced
+    assert sorted(before) == [("images.u8", False), ("meta.json", False)]
+    assert folder[0].startswith(".images-")
+    assert folder[1] is False
+    assert root == ("cache", True)
+
+
 def test_an_interrupt_leaves_nothing_behind(photos, cache):
     def interrupt() -> None:
         raise KeyboardInterrupt

@@ -120,11 +120,11 @@ def cached(
     """
     chosen = cache_dir or os.environ.get("FASTGAN_CACHE")
     root = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fastgan"
-    entry = root / key
+    entry = root / f"images-{key}"  # compiled code is cached in the same folder
     found = _load(entry)
     if found is not None:
         return found
-    temporary = root / f".{key}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = root / f".{entry.name}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_stale(root)
@@ -220,7 +220,7 @@ def _room(folder: Path, needed: int) -> Iterator[None]:
 
 def _remove_stale(root: Path) -> None:
     """Clear away what killed processes left behind, once it is a day old."""
-    for left in root.glob(".*-*-*"):
+    for left in root.glob(".images-*"):
         try:
             newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
             if time.time() - newest > _STALE_SECONDS:
