@@ -132,6 +132,20 @@ def test_batches_have_the_promised_form():
             assert (batch == 1).all()
 
 
+def test_for_another_device_bytes_travel_and_become_numbers_there(monkeypatch):
+    moved = []
+    monkeypatch.setattr(
+        "fastgan.data.batches.normalise_on_device", lambda pixels: moved.append(pixels) or pixels.float()
+    )
+    with Batches(numbered(8, side=4), 2, device="meta", dtype=torch.float16) as batches:
+        batch = next(batches)
+    assert moved[0].dtype == torch.uint8
+    assert moved[0].device.type == "meta"
+    assert batch.shape == (2, 1, 4, 4)
+    assert batch.dtype == torch.float16
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_batch_is_the_callers_own():
     with Batches(numbered(8), 8) as batches:
         next(batches).fill_(-1)
