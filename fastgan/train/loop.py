@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgan import images, optim
-from fastgan.data import Batches, PreparedImages, prepare, to_uint8
+from fastgan.data import Batches, DataWarning, PreparedImages, prepare, to_uint8
 from fastgan.ema import Ema
 from fastgan.errors import CheckpointError, FastganError
 from fastgan.nn import Discriminator
@@ -148,7 +149,8 @@ class Trainer:
             self.batches.close()
         self.console.print(
             f"{self.run_folder}: done after {duration(self.seconds)} of training. "
-            f"Open {self.run_folder / 'report.html'}"
+            f"Open {self.run_folder / 'report.html'}",
+            soft_wrap=True,
         )
         return self.run_folder
 
@@ -389,7 +391,8 @@ def _run_of(resume: Path) -> Path:
 def _prepare(config: TrainConfig, console: Console) -> PreparedImages:
     from rich.progress import Progress as Bar
 
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)  # _announce names what was skipped
         task = bar.add_task("preparing images", total=None)
         return prepare(
             config.data,
