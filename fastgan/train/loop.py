@@ -286,10 +286,6 @@ class Trainer:
             + f"\nrun        {self.run_folder}",
             soft_wrap=True,
         )
-        for file, reason in data.skipped[:5]:
-            self.console.print(f"skipped    {file}: {reason}", soft_wrap=True)
-        if len(data.skipped) > 5:
-            self.console.print(f"skipped    and {len(data.skipped) - 5} more")
 
     def _write_html(self) -> None:
         from fastgan.train.report import write_report
@@ -388,11 +384,20 @@ def _run_of(resume: Path) -> Path:
     return checkpoint.resolve(resume).parent.parent
 
 
+@contextmanager
+def _notes(console: Console) -> Iterator[None]:
+    """Print what the data part warns of (files left out, images enlarged, no cache) as plain lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        yield
+    for warning in caught:
+        console.print(f"note       {warning.message}", soft_wrap=True)
+
+
 def _prepare(config: TrainConfig, console: Console) -> PreparedImages:
     from rich.progress import Progress as Bar
 
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)  # _announce names what was skipped
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar, _notes(console):
         task = bar.add_task("preparing images", total=None)
         return prepare(
             config.data,
