@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["fastgan*"]), "fastgan.kernels"],
     package_dir={"fastgan": "fastgan", "fastgan.kernels": "kernels"},
-    package_data={"fastgan": ["data/digits/*"]},
+    package_data={"fastgan": ["data/digits/*", "measured_cpu.json"]},
 )
