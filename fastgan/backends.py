@@ -227,8 +227,8 @@ _decisions: dict[tuple, Decision] = {}
 _recorder: Callable[[str, Tensor, Decision], None] | None = None
 
 
-def choose(operation: str, tensor: Tensor, backend: str | None = None) -> str:
-    """The backend for `operation` (a stem) on `tensor`; `backend` forces one and raises BackendError if it
+def choose(operation: str, tensor: Tensor, backend: str | None = None) -> Decision:
+    """The backend for `operation` (a stem) on `tensor`, remembered; `backend` forces one and raises BackendError if it
     cannot run."""
     key = (operation, backend, tensor.device.type, tensor.dtype, tensor.shape, tensor.stride())
     decision = _decisions.get(key)
@@ -236,9 +236,18 @@ def choose(operation: str, tensor: Tensor, backend: str | None = None) -> str:
         if len(_decisions) > 4096:
             _decisions.clear()
         decision = _decisions[key] = decide(operation, tensor, backend)
+    return decision
+
+
+def takes_definition(operation: str, tensor: Tensor, backend: str | None) -> bool:
+    """Whether the plain PyTorch expression runs, without the custom operation's wrapping. Traced code decides
+    at run time instead, inside the operation, unless eager is forced."""
+    if torch.compiler.is_compiling():
+        return backend == "eager"
+    decision = choose(operation, tensor, backend)
     if _recorder is not None:
         _recorder(operation, tensor, decision)
-    return decision.backend
+    return decision.backend == "eager"
 
 
 layer = ""
@@ -325,7 +334,7 @@ def run(backend: str, name: str, *args: Any, forced: bool = False) -> Any:
 
 def runner(operation: str, tensor: Tensor, backend: str | None) -> Callable[..., Any]:
     """`run` with the backend chosen for `operation` on `tensor`: call it with a split operation's name and args."""
-    return partial(run, choose(operation, tensor, backend), forced=backend is not None)
+    return partial(run, choose(operation, tensor, backend).backend, forced=backend is not None)
 
 
 def _verify(key: tuple, args: tuple) -> str | None:
@@ -340,9 +349,9 @@ def _verify(key: tuple, args: tuple) -> str | None:
     eager = kernel("eager", name)
     try:
         got = kernel(backend, name)(*few)
-        # Four times the tests' factor: the sums of a handful of channels may be unlucky, and a wrong kernel
-        # is far off.
-        reason = misses(got, eager(*few), eager(*[_to_fp64(a) for a in few]), factor=8)
+        # Four times the tests' factor: the sums of a few channels may be unlucky, and a wrong kernel is far off.
+        truth = eager(*[_to_fp64(a) for a in few])
+        reason = misses(got, eager(*few), truth, factor=8, floor=_noise[_stem_of[name]](name, few))
     except Exception as error:  # whatever a kernel raises, training goes on by the definition
         reason = f"{type(error).__name__}: {error}"
     _verdicts[key] = reason

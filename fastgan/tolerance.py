@@ -66,7 +66,7 @@ def misses(
         assert not isinstance(truth, Tensor)
         floors = floor or [0.0] * len(got)
         for index, (*one, least) in enumerate(zip(got, own, truth, floors, strict=True)):
-            reason = misses(*one, factor, [least])
+            reason = misses(one[0], one[1], one[2], factor, [least])
             if reason is not None:
                 return f"output {index}: {reason}"
         return None
