@@ -64,13 +64,13 @@ def bn_act(
         return activation(v, negative_slope)
     input = dense(input)
     if not training:
-        return torch.ops.fastgan.bn_act_eval(
+        return torch.ops.fastgan.bn_act_eval.default(
             input, weight, bias, running_mean, running_var, eps, negative_slope, backend
         )
-    z, mean, var = torch.ops.fastgan.bn_act_train(input, weight, bias, eps, negative_slope, backend)
+    z, mean, var = torch.ops.fastgan.bn_act_train.default(input, weight, bias, eps, negative_slope, backend)
     if running_mean is not None:
         n = input.numel() // input.shape[1]
-        torch.ops.fastgan.update_running_stats(running_mean, running_var, mean, var, n, momentum, backend)
+        torch.ops.fastgan.update_running_stats.default(running_mean, running_var, mean, var, n, momentum, backend)
     return z
 
 
@@ -87,7 +87,7 @@ def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Ten
     if input.numel() == 0 or takes_definition("bn_act", input, backend):
         count("eager", "act")
         return activation(input, negative_slope)
-    return torch.ops.fastgan.bn_act_eval(dense(input), None, None, None, None, 0.0, negative_slope, backend)
+    return torch.ops.fastgan.bn_act_eval.default(dense(input), None, None, None, None, 0.0, negative_slope, backend)
 
 
 def block_end(
@@ -118,7 +118,8 @@ def block_end(
 def _check(input, running_mean, running_var, weight, bias, training) -> None:
     if input.dim() < 2 or not input.is_floating_point():
         raise ValueError(f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}")
-    channels = input.shape[1]
+    channels, dtype, device = input.shape[1], input.dtype, input.device
+    half = dtype in (torch.float16, torch.bfloat16)
     for name, value in (
         ("running_mean", running_mean),
         ("running_var", running_var),
@@ -127,16 +128,12 @@ def _check(input, running_mean, running_var, weight, bias, training) -> None:
     ):
         if value is None:
             continue
-        if value.dim() != 1 or value.shape[0] != channels:
+        if value.shape != (channels,):
             raise ValueError(f"bn_act: {name} must have shape [C] = [{channels}], got {list(value.shape)}")
-        if value.device != input.device:
-            raise ValueError(f"bn_act: {name} is on {value.device}, input on {input.device}")
-        if value.dtype != input.dtype and (
-            value.dtype != torch.float32 or input.dtype not in (torch.float16, torch.bfloat16)
-        ):
-            raise ValueError(
-                f"bn_act: {name} must be {input.dtype} or, beside a half input, float32; got {value.dtype}"
-            )
+        if value.device != device:
+            raise ValueError(f"bn_act: {name} is on {value.device}, input on {device}")
+        if value.dtype != dtype and not (half and value.dtype == torch.float32):
+            raise ValueError(f"bn_act: {name} must be {dtype} or, beside a half input, float32; got {value.dtype}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("bn_act: running_mean and running_var go together, got one of them")
     if training:
@@ -223,7 +220,7 @@ def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | No
     if dz is None:
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dy, grad_weight, grad_bias = torch.ops.fastgan.bn_act_grad(
+    dy, grad_weight, grad_bias = torch.ops.fastgan.bn_act_grad.default(
         dz, *ctx.saved_tensors, *ctx.constants, training, needs_input, needs_weight or needs_bias, ctx.backend
     )
     return (

@@ -56,7 +56,7 @@ def gan_bce(
         return loss_real, loss_fake, d_real, d_fake
     real = None if real_logits is None else real_logits.contiguous()
     fake = None if fake_logits is None else fake_logits.contiguous()
-    stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)
+    stats, _, _ = torch.ops.fastgan.gan_bce.default(real, fake, real_target, fake_target, backend)
     loss_real, loss_fake, d_real, d_fake = stats.unbind()
     real_half = (None, None) if real is None else (loss_real, d_real.detach())
     fake_half = (None, None) if fake is None else (loss_fake, d_fake.detach())
@@ -172,7 +172,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, dstats, _real, _fake):
         if dstats is None:
             return (None,) * 5
-        grads = torch.ops.fastgan.gan_bce_grad(dstats, *ctx.saved_tensors, *ctx.targets)
+        grads = torch.ops.fastgan.gan_bce_grad.default(dstats, *ctx.saved_tensors, *ctx.targets)
         return (
             *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True)),
             None,
