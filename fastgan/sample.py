@@ -73,7 +73,7 @@ def load_generator(path: str | Path, *, weights: Literal["ema", "generator"] = "
     source = checkpoint.resolve(Path(path))
     generator = build_generator(TrainConfig.from_json(header["config"], str(source)), header["channels"])
     checkpoint.load_module(generator, weights, tensors, source)
-    return generator.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return generator.eval().requires_grad_(False).to(torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def draw_latents(n: int, latent_dim: int, seed: int, truncation: float | None = None) -> Tensor:
@@ -146,7 +146,7 @@ def _check(options: Options) -> None:
 
 def _output(options: Options) -> tuple[str, Path]:
     """What to write and where to."""
-    kind = options.format
+    kind: str = options.format
     if options.out is None:
         folder = checkpoint.resolve(options.run).parent.parent
         kind = "grid" if kind == "auto" else kind
@@ -199,7 +199,9 @@ def _save_film(kind: str, frames: Iterator[np.ndarray], out: Path, fps: int) -> 
     ):
         for frame in frames:
             rgb = np.repeat(frame, 3, axis=2) if frame.shape[2] == 1 else frame[..., :3]
-            writer.append_data(np.pad(rgb, ((0, rgb.shape[0] % 2), (0, rgb.shape[1] % 2), (0, 0))))
+            writer.append_data(  # type: ignore[attr-defined]
+                np.pad(rgb, ((0, rgb.shape[0] % 2), (0, rgb.shape[1] % 2), (0, 0)))
+            )
 
 
 @contextmanager

@@ -87,7 +87,6 @@ def test_frozen_restores_after_an_exception_and_keeps_what_was_frozen_before():
     first, *rest = d.parameters()
     first.requires_grad_(False)
 
-
     def fail_within():
         with frozen(d):
             assert not any(p.requires_grad for p in d.parameters())

@@ -9,6 +9,6 @@ from fastgan.data.batches import Batches
 from fastgan.data.cache import PreparedImages
 from fastgan.data.decode import CROPS
 from fastgan.data.pixels import to_uint8
-from fastgan.data.prepare import prepare
+from fastgan.data.preparation import prepare
 
 __all__ = ["CROPS", "Batches", "PreparedImages", "prepare", "to_uint8"]

@@ -74,7 +74,7 @@ class ZipSource:
         for member in self._archive.infolist():
             if member.is_dir():
                 continue
-            if _is_image(*PurePosixPath(member.filename).parts):
+            if _is_image(*PurePosixPath(member.filename.replace("\\", "/")).parts):
                 self._members.append(member)
             else:
                 ignored[PurePosixPath(member.filename).suffix.lower()] += 1
@@ -140,8 +140,8 @@ def _walk(root: str, ignored: Counter[str]) -> Iterator[tuple[str, os.stat_resul
             path = f"{below}/{name}" if below else name
             if is_folder and not name.startswith("."):
                 yield from visit(path)
-            elif not is_folder and _is_image(name) and (status := _regular(os.path.join(root, path))):
-                yield path, status
+            elif not is_folder and _is_image(name) and (found := _regular(os.path.join(root, path))):
+                yield path, found
             else:
                 ignored[os.path.splitext(name)[1].lower()] += 1
 

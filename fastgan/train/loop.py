@@ -64,7 +64,7 @@ class Trainer:
             config.image_size, channels, config.d_channels, spectral_norm=config.spectral_norm
         )
         for network in (self.generator, self.discriminator):
-            network.to(self.device, memory_format=torch.channels_last)
+            network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.ema_kimg, config.ema_rampup)
         self.opt_g, self.opt_d = (
             optim.make_optimizer(
@@ -331,8 +331,8 @@ def _catch_signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for caught_number, old in before.items():
+            signal.signal(caught_number, old)
 
 
 def choose_device(name: str) -> torch.device:

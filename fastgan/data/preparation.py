@@ -65,7 +65,7 @@ def prepare(
         store = Store(file, side, channels)
         skipped: list[tuple[str, str]] = []
         enlarged = 0
-        with _large_images_expected():
+        with _pillow_silenced():
             for done, (item, result) in enumerate(_decoded(opened, side, channels, crop), 1):
                 if isinstance(result, str):
                     skipped.append((item.name, result))
@@ -191,11 +191,11 @@ def _decode(items: list[Item], side: int, channels: int | None, crop: str) -> li
 
 
 @contextmanager
-def _large_images_expected() -> Iterator[None]:
-    # Pillow warns from the size on at which `open_image` refuses; once is enough. Filters are process-wide,
-    # so they are set here and not in the threads.
+def _pillow_silenced() -> Iterator[None]:
+    # Pillow warns of large images and of broken metadata without naming the file; what matters of it is an
+    # error here, reported with the name. Filters belong to the process: set once, not in the threads.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
 
 
