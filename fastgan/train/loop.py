@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgan import images, optim
-from fastgan.data import Batches, PreparedImages, prepare, to_uint8
+from fastgan.data import Batches, DataWarning, PreparedImages, prepare, to_uint8
 from fastgan.ema import Ema
 from fastgan.errors import CheckpointError, FastganError
 from fastgan.nn import Discriminator
@@ -26,6 +27,7 @@ from fastgan.train.progress import Progress, duration
 from fastgan.versions import device_name, versions
 
 GRID = 64  # fixed latents whose images are followed through training
+REPORT_SECONDS = 20.0  # report.html is drawn at checkpoints, but no more often than this
 
 
 class Diverged(FastganError):
@@ -56,8 +58,8 @@ class Trainer:
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
         self.data = _prepare(config, self.console)
-        _check_data(config, self.data)
-        torch.manual_seed(config.seed)
+        self.batches = Batches(self.data, config.batch_size, seed=config.seed, flip=config.flip, device=self.device)
+        checkpoint.seed_all(config.seed)
         channels = self.data.channels
         self.generator = build_generator(config, channels)
         self.discriminator = Discriminator(
@@ -95,14 +97,6 @@ class Trainer:
             autocast=None if self.precision == torch.float32 else self.precision,
             scaler=self.scaler,
         )
-        self.batches = Batches(
-            self.data,
-            config.batch_size,
-            seed=config.seed,
-            flip=config.flip,
-            crop_size=config.image_size if config.crop == "random" else None,
-            device=self.device,
-        )
         self.fixed_latents = draw_latents(GRID, config.latent_dim, config.seed).to(self.device)
         self.seconds = 0.0  # spent in training steps, over all sessions of the run
         if config.resume is not None:
@@ -130,6 +124,7 @@ class Trainer:
             self._save()  # shows at once whether the disk takes it, and a run can be resumed from its first second
         log = Log(self.run_folder, self.step.steps, self.config.tensorboard)
         window = _Window()
+        reported = -math.inf
         try:
             with Progress(self.console, self.config.kimg) as progress, _catch_signals() as caught:
                 while self.kimg < self.config.kimg:
@@ -144,15 +139,18 @@ class Trainer:
                         self._sample()
                     if last or self._due(self.config.checkpoint_kimg):
                         saved = self._save()
+                        if last or time.monotonic() - reported > REPORT_SECONDS:
+                            self._write_html()
+                            reported = time.monotonic()
                         if stopping:
                             raise Interrupted(stopping[0], saved)
         finally:
             log.close()
             self.batches.close()
-        self._write_html()
         self.console.print(
             f"{self.run_folder}: done after {duration(self.seconds)} of training. "
-            f"Open {self.run_folder / 'report.html'}"
+            f"Open {self.run_folder / 'report.html'}",
+            soft_wrap=True,
         )
         return self.run_folder
 
@@ -247,8 +245,6 @@ class Trainer:
             "versions": versions(),
         }
         path = checkpoint.write(self.run_folder, self.step.steps, tensors, header)
-        if self.step.steps:
-            self._write_html()
         return path
 
     def _load(self, source: Path) -> None:
@@ -290,10 +286,6 @@ class Trainer:
             + f"\nrun        {self.run_folder}",
             soft_wrap=True,
         )
-        for file, reason in data.skipped[:5]:
-            self.console.print(f"skipped    {file}: {reason}", soft_wrap=True)
-        if len(data.skipped) > 5:
-            self.console.print(f"skipped    and {len(data.skipped) - 5} more")
 
     def _write_html(self) -> None:
         from fastgan.train.report import write_report
@@ -392,10 +384,20 @@ def _run_of(resume: Path) -> Path:
     return checkpoint.resolve(resume).parent.parent
 
 
+@contextmanager
+def _notes(console: Console) -> Iterator[None]:
+    """Print what the data part warns of (files left out, images enlarged, no cache) as plain lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        yield
+    for warning in caught:
+        console.print(f"note       {warning.message}", soft_wrap=True)
+
+
 def _prepare(config: TrainConfig, console: Console) -> PreparedImages:
     from rich.progress import Progress as Bar
 
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar, _notes(console):
         task = bar.add_task("preparing images", total=None)
         return prepare(
             config.data,
@@ -404,12 +406,4 @@ def _prepare(config: TrainConfig, console: Console) -> PreparedImages:
             crop=config.crop,
             cache_dir=config.cache,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-
-
-def _check_data(config: TrainConfig, data: PreparedImages) -> None:
-    if len(data) < config.batch_size:
-        raise FastganError(
-            f"--batch-size: {config.batch_size} is more than the {len(data)} images of {data.source}; "
-            f"take --batch-size {2 ** int(math.log2(max(len(data), 2)))} or more images"
         )
