@@ -1,6 +1,6 @@
 """A judge of generated digits: a small classifier of real digits, and what it says about samples.
 
-It is trained where it is needed (about 20 s on one core), so that no weights lie in the repository.
+It is trained where it is needed (35 s of one core), so that no weights lie in the repository.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,11 @@ class DigitClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            _block(1, 16, stride=2), _block(16, 32, stride=1), nn.MaxPool2d(2), _block(32, 64, stride=1), nn.MaxPool2d(2)
+            _block(1, 16, stride=2),
+            _block(16, 32, stride=1),
+            nn.MaxPool2d(2),
+            _block(32, 64, stride=1),
+            nn.MaxPool2d(2),
         )
         self.head = nn.Linear(64 * 4 * 4, 10)
 
