@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgan.data import prepare
+from fastgan.data import DataWarning, prepare
 from fastgan.data.preparation import open_source
 from fastgan.errors import DataError
 
@@ -91,7 +91,7 @@ def test_each_preparation_has_an_entry_of_its_own(photos, cache):
         (8, None, "center"): (8, 1),
         (4, None, "center"): (4, 1),
         (8, 3, "center"): (8, 3),
-        (4, None, "stretch"): (4, 1),
+        (4, None, "none"): (4, 1),
         (4, 4, "center"): (4, 4),
     }
     for (size, channels, crop), (side, depth) in shapes.items():
@@ -181,6 +181,24 @@ def test_a_killed_process_leaves_no_entry_and_its_rest_is_cleared_a_day_later(ph
     assert len(entries(cache)) == 2
 
 
+def test_all_of_an_entry_is_on_disk_before_it_appears(photos, cache, monkeypatch):
+    synced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def record(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        synced.append((name, any(entry.startswith("images-") for entry in entries(cache))))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", record)
+    prepare(photos, 8, cache_dir=cache)
+    *before, folder, root = synced
+    assert sorted(before) == [("images.u8", False), ("meta.json", False)]
+    assert folder[0].startswith(".images-")
+    assert folder[1] is False
+    assert root == ("cache", True)
+
+
 def test_an_interrupt_leaves_nothing_behind(photos, cache):
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -267,7 +285,7 @@ def test_without_a_writable_home_the_images_live_for_this_process(photos, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTGAN_CACHE", raising=False)
     before = sorted(tmp_path.iterdir())
-    with pytest.warns(UserWarning, match=r"cannot be written to \(Not a directory\); images are decoded anew"):
+    with pytest.warns(DataWarning, match=r"cannot be written to \(Not a directory\); images are decoded anew"):
         prepared = prepare(photos, 8)
     assert prepared.images[:, 0, 0, 0].tolist() == list(range(200))
     assert sorted(tmp_path.iterdir()) == before

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgan.data import prepare
+from fastgan.data import DataWarning, prepare
 from fastgan.data.preparation import open_source
 from fastgan.errors import DataError
 
@@ -153,14 +153,14 @@ def damage(folder: Path) -> Path:
 
 
 def test_damaged_files_among_good_ones_are_named_skipped_and_counted(tmp_path):
-    with pytest.warns(UserWarning, match=r"3 of 5 images in .* left out; cut.jpg: .*truncated"):
+    with pytest.warns(DataWarning, match=r"3 of 5 images in .* left out; cut.jpg: .*truncated"):
         prepared = prepare(damage(tmp_path), 8)
     assert greys(prepared) == [1, 2]
     reasons = dict(prepared.skipped)
     assert list(reasons) == ["cut.jpg", "text.png", "void.png"]
     assert "truncated" in reasons["cut.jpg"]
     assert reasons["text.png"] == reasons["void.png"] == "not an image in a known format"
-    with pytest.warns(UserWarning, match="3 of 5"):
+    with pytest.warns(DataWarning, match="3 of 5"):
         assert prepare(tmp_path, 8).skipped == prepared.skipped, "the cache forgets nothing"
 
 
@@ -177,7 +177,7 @@ def test_a_decompression_bomb_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     grey(1, size=16).save(tmp_path / "bomb.png")  # over twice the limit: Pillow itself raises
     grey(1, size=12).save(tmp_path / "small bomb.png")  # over the limit: Pillow only warns
-    with pytest.warns(UserWarning, match="2 of 3 images") as caught:
+    with pytest.warns(DataWarning, match="2 of 3 images") as caught:
         prepared = prepare(tmp_path, 8)
     assert greys(prepared) == [3]
     assert [name for name, _ in prepared.skipped] == ["bomb.png", "small bomb.png"]
@@ -190,7 +190,7 @@ def test_a_decompression_bomb_is_skipped(tmp_path, monkeypatch):
 def test_small_images_are_enlarged_with_a_counted_warning(tmp_path):
     save(tmp_path, a=1, b=2)
     grey(3, size=64).save(tmp_path / "c.png")
-    with pytest.warns(UserWarning, match=r"2 of 3 images .* smaller than 32 x 32 pixels and were enlarged"):
+    with pytest.warns(DataWarning, match=r"2 of 3 images .* smaller than 32 x 32 pixels and were enlarged"):
         prepared = prepare(tmp_path, 32)
     assert prepared.enlarged == 2
     assert greys(prepared) == [1, 2, 3]
@@ -245,7 +245,7 @@ def test_zip_members_that_lead_outside_are_skipped_and_nothing_is_unpacked(tmp_p
         for name in evil:
             archive.writestr(zipfile.ZipInfo(name), (tmp_path / "good.png").read_bytes())
     before = sorted(tmp_path.rglob("*"))
-    with pytest.warns(UserWarning, match=r"5 of 6 .* its path leads out of the archive"):
+    with pytest.warns(DataWarning, match=r"5 of 6 .* its path leads out of the archive"):
         prepared = prepare(tmp_path / "x.zip", 8)
     assert len(prepared) == 1
     assert sorted(name for name, _ in prepared.skipped) == sorted(evil)
@@ -267,7 +267,7 @@ def test_damage_inside_a_zip_is_named(tmp_path):
     at = content.index(b"b.png") + 20
     content[at] ^= 0xFF
     path.write_bytes(content)
-    with pytest.warns(UserWarning, match="1 of 2 images"):
+    with pytest.warns(DataWarning, match="1 of 2 images"):
         assert [name for name, _ in prepare(path, 8).skipped] == ["b.png"]
     (tmp_path / "no.zip").write_text("no archive")
     with pytest.raises(DataError, match=r"no\.zip cannot be read as a zip archive"):
@@ -284,7 +284,7 @@ def test_a_zip_member_that_unpacks_to_too_much_is_skipped(tmp_path, monkeypatch)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(tmp_path / "good.png", "good.png")
         archive.writestr("huge.bmp", bytes(501))
-    with pytest.warns(UserWarning, match=r"huge.bmp: unpacks to 501 bytes, the limit is 500"):
+    with pytest.warns(DataWarning, match=r"huge.bmp: unpacks to 501 bytes, the limit is 500"):
         assert len(prepare(tmp_path / "x.zip", 8)) == 1
 
 
@@ -444,7 +444,7 @@ def test_nonsense_sizes_are_refused(size):
 
 
 def test_unknown_choices_list_the_known_ones():
-    with pytest.raises(DataError, match=r"crop: expected one of center, random, stretch, got 'middle'"):
+    with pytest.raises(DataError, match=r"crop: expected one of center, random, none, got 'middle'"):
         prepare(None, 32, crop="middle")
     with pytest.raises(DataError, match=r"channels: expected 1, 3, 4 or None .*, got 2"):
         prepare(None, 32, channels=2)

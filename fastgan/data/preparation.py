@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastgan.data.arrays import idx_source, npy_source, npz_source
-from fastgan.data.cache import FORMAT, PreparedImages, Store, cached
+from fastgan.data.cache import FORMAT, DataWarning, PreparedImages, Store, cached
 from fastgan.data.decode import CROPS, square, stored_side
 from fastgan.data.files import FolderSource, ZipSource
 from fastgan.data.sources import Item, Source
@@ -44,14 +44,14 @@ def prepare(
     image_size: side of the square images in pixels, 1 to 4096.
     channels: 1, 3 or 4; None takes 1 if no image has colour, else 3.
     crop: "center" (largest centred square), "random" (the same, but S is 1/8 larger than image_size and
-    `Batches` cuts at random), "stretch" (whole image, aspect ratio ignored).
+    `Batches` cuts at random), "none" (whole image, aspect ratio ignored).
     cache_dir: default $FASTGAN_CACHE, else ~/.cache/fastgan.
     progress: called as progress(done, total) while decoding, with numbers of images.
 
     Images keep the order of their sorted paths. They are turned as their EXIF orientation says; transparency
     is laid over white unless 4 channels are asked for; 16 bits are rounded to 8; of animations the first
-    frame counts; colour profiles are ignored. Files that cannot be read are skipped, listed in `skipped` and
-    warned about, as are images that had to be enlarged.
+    frame counts; colour profiles are ignored. Files that cannot be read are skipped and listed in
+    `skipped`; a DataWarning says so, and another how many images had to be enlarged.
 
     Raises DataError: nothing usable in the source, an unknown argument value, a cache that cannot be written.
     """
@@ -96,12 +96,14 @@ def prepare(
         warnings.warn(
             f"{len(prepared.skipped)} of {len(opened)} images in {prepared.source} cannot be read and "
             f"are left out; {_examples(prepared.skipped)}",
+            DataWarning,
             stacklevel=2,
         )
     if prepared.enlarged:
         warnings.warn(
             f"{prepared.enlarged} of {len(prepared)} images in {prepared.source} are smaller than "
             f"{side} x {side} pixels and were enlarged; a smaller image size shows them as they are",
+            DataWarning,
             stacklevel=2,
         )
     return prepared

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, define, requested, run
+from fastgan.backends import count, define, requested, runner, takes_definition
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 
 
@@ -48,20 +48,15 @@ def gan_bce(
             f"fake_logits {fake_logits.dtype} on {fake_logits.device}; expected the same"
         )
     backend = requested(backend)
-    by_definition = backend == "eager" or 0 in (
-        first.numel(),
-        1 if fake_logits is None else fake_logits.numel(),
-    )
-    if not by_definition and not torch.compiler.is_compiling():
-        by_definition = choose("gan_bce", first, backend) == "eager"
-    if by_definition:
+    empty = 0 in (first.numel(), 1 if fake_logits is None else fake_logits.numel())
+    if empty or takes_definition("gan_bce", first, backend):
         count("eager", "gan_bce")
         loss_real, d_real = _half(real_logits, real_target)
         loss_fake, d_fake = _half(fake_logits, fake_target)
         return loss_real, loss_fake, d_real, d_fake
     real = None if real_logits is None else real_logits.contiguous()
     fake = None if fake_logits is None else fake_logits.contiguous()
-    stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)
+    stats, _, _ = torch.ops.fastgan.gan_bce.default(real, fake, real_target, fake_target, backend)
     loss_real, loss_fake, d_real, d_fake = stats.unbind()
     real_half = (None, None) if real is None else (loss_real, d_real.detach())
     fake_half = (None, None) if fake is None else (loss_fake, d_fake.detach())
@@ -140,8 +135,7 @@ define("gan_bce", {"gan_bce": _eager})
 
 
 def _forward(real, fake, real_target, fake_target, backend):
-    name = choose("gan_bce", _some(real, fake), backend)
-    return run(name, "gan_bce", real, fake, real_target, fake_target)
+    return runner("gan_bce", _some(real, fake), backend)("gan_bce", real, fake, real_target, fake_target)
 
 
 def _forward_fake(real, fake, real_target, fake_target, backend):
@@ -178,7 +172,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, dstats, _real, _fake):
         if dstats is None:
             return (None,) * 5
-        grads = torch.ops.fastgan.gan_bce_grad(dstats, *ctx.saved_tensors, *ctx.targets)
+        grads = torch.ops.fastgan.gan_bce_grad.default(dstats, *ctx.saved_tensors, *ctx.targets)
         return (
             *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True)),
             None,
