@@ -15,6 +15,7 @@
 namespace fastgan::cuda {
 
 constexpr int block_threads = 256;
+constexpr int least_blocks = 2;      // on a multiprocessor: leaves the compiler 128 registers, or it spills
 constexpr int warps_per_block = block_threads / warp;
 constexpr int in_flight = 4;        // loads under way in a thread
 constexpr int most_lanes = 16;      // threads side by side along the channels, channels-last
@@ -118,7 +119,7 @@ __device__ __forceinline__ void for_positions(const Operation& operation, unsign
 // Operation: channel(c) gives the constants of a channel, load<V>(offset) the V elements of its inputs there, and
 // apply<V>(offset, loaded, constants) stores what becomes of them, where constants(i) is the channel of element i.
 template <int V, class Operation>
-__global__ void __launch_bounds__(block_threads, 2) map_channels_last(Operation operation, int64_t rows, int channels, int lanes) {
+__global__ void __launch_bounds__(block_threads, least_blocks) map_channels_last(Operation operation, int64_t rows, int channels, int lanes) {
   int channel = (blockIdx.x * lanes + threadIdx.x % lanes) * V;
   if (channel >= channels) return;
   typename Operation::Channel constants[V];
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(block_threads, 2) map_channels_last(Operation 
 }
 
 template <int V, class Operation>
-__global__ void __launch_bounds__(block_threads, 2) map_contiguous(Operation operation, unsigned n, unsigned hw, int channels) {
+__global__ void __launch_bounds__(block_threads, least_blocks) map_contiguous(Operation operation, unsigned n, unsigned hw, int channels) {
   typename Operation::Channel constants = operation.channel(blockIdx.x);
   for_positions<V>(operation, n, hw, channels, blockIdx.x, [&](int64_t offset, const auto& loaded) {
     operation.template apply<V>(offset, loaded, [&](int) { return constants; });
@@ -153,7 +154,7 @@ int launch_map(const Operation& operation, BnShape shape, void* stream) {
 // this thread; finish(c, total) stores a channel's result.
 
 template <int V, class Operation>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, least_blocks)
     reduce_channels_last(Operation operation, int64_t rows, int channels, int lanes, Total* partials) {
   __shared__ Total of_warp[warps_per_block][most_lanes * V];
   int lane = threadIdx.x % lanes, channel = (blockIdx.x * lanes + lane) * V;
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(block_threads)
 }
 
 template <int V, class Operation>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, least_blocks)
     reduce_contiguous(Operation operation, unsigned n, unsigned hw, int channels, Total* partials) {
   __shared__ Total of_warp[warps_per_block];
   typename Operation::Channel constants = operation.channel(blockIdx.x);
