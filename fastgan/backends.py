@@ -233,6 +233,14 @@ def choose(operation: str, tensor: Tensor, backend: str | None = None) -> str:
     return decision.backend
 
 
+def takes_definition(operation: str, tensor: Tensor, backend: str | None) -> bool:
+    """Whether the plain PyTorch expression runs, without the custom operation's wrapping. Traced code decides
+    at run time instead, inside the operation, unless eager is forced."""
+    if torch.compiler.is_compiling():
+        return backend == "eager"
+    return choose(operation, tensor, backend) == "eager"
+
+
 layer = ""
 
 

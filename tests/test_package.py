@@ -6,10 +6,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import fastgan.kernels
 import pytest
 
 import fastgan
-import fastgan.kernels
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, requested, run
+from fastgan.backends import choose, count, requested, run, takes_definition
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
@@ -58,10 +58,7 @@ def bn_act(
     """
     _check(input, running_mean, running_var, weight, bias, training)
     backend = requested(backend)
-    by_definition = backend == "eager" or input.numel() == 0
-    if not by_definition and not torch.compiler.is_compiling():
-        by_definition = choose("bn_act", input, backend) == "eager"
-    if by_definition:
+    if input.numel() == 0 or takes_definition("bn_act", input, backend):
         count("eager", "bn_act")
         v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return activation(v, negative_slope)
@@ -87,10 +84,7 @@ def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Ten
     if negative_slope == 1:
         return input
     backend = requested(backend)
-    by_definition = backend == "eager" or input.numel() == 0
-    if not by_definition and not torch.compiler.is_compiling():
-        by_definition = choose("bn_act", input, backend) == "eager"
-    if by_definition:
+    if input.numel() == 0 or takes_definition("bn_act", input, backend):
         count("eager", "act")
         return activation(input, negative_slope)
     return torch.ops.fastgan.bn_act_eval(dense(input), None, None, None, None, 0.0, negative_slope, backend)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, define, requested, run
+from fastgan.backends import choose, count, define, requested, run, takes_definition
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 
 
@@ -48,13 +48,8 @@ def gan_bce(
             f"fake_logits {fake_logits.dtype} on {fake_logits.device}; expected the same"
         )
     backend = requested(backend)
-    by_definition = backend == "eager" or 0 in (
-        first.numel(),
-        1 if fake_logits is None else fake_logits.numel(),
-    )
-    if not by_definition and not torch.compiler.is_compiling():
-        by_definition = choose("gan_bce", first, backend) == "eager"
-    if by_definition:
+    empty = 0 in (first.numel(), 1 if fake_logits is None else fake_logits.numel())
+    if empty or takes_definition("gan_bce", first, backend):
         count("eager", "gan_bce")
         loss_real, d_real = _half(real_logits, real_target)
         loss_fake, d_fake = _half(fake_logits, fake_target)

@@ -5,7 +5,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgan import images, optim
+from fastgan.backends import use_backend, why_not
 from fastgan.data import Batches, DataWarning, PreparedImages, prepare, to_uint8
 from fastgan.ema import Ema
-from fastgan.errors import CheckpointError, FastganError
+from fastgan.errors import BackendError, CheckpointError, FastganError
 from fastgan.nn import Discriminator
 from fastgan.sample import build_generator, draw_latents
 from fastgan.step import GanStep
@@ -57,6 +58,7 @@ class Trainer:
         self.console = console or Console(highlight=False)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
+        check_backend(config.backend, self.device, self.precision)
         self.data = _prepare(config, self.console)
         self.batches = Batches(self.data, config.batch_size, seed=config.seed, flip=config.flip, device=self.device)
         checkpoint.seed_all(config.seed)
@@ -98,6 +100,7 @@ class Trainer:
             scaler=self.scaler,
         )
         self.fixed_latents = draw_latents(GRID, config.latent_dim, config.seed).to(self.device)
+        self._layers: list[tuple[str, ...]] | None = None
         self.seconds = 0.0  # spent in training steps, over all sessions of the run
         if config.resume is not None:
             self.run_folder = _run_of(config.resume)
@@ -126,7 +129,11 @@ class Trainer:
         window = _Window()
         reported = -math.inf
         try:
-            with Progress(self.console, self.config.kimg) as progress, _catch_signals() as caught:
+            with (
+                use_backend(self.config.backend) if self.config.backend != "auto" else nullcontext(),
+                Progress(self.console, self.config.kimg) as progress,
+                _catch_signals() as caught,
+            ):
                 while self.kimg < self.config.kimg:
                     self._train_step(window)
                     stopping = list(caught)  # looked at once: a signal may come at any moment
@@ -288,9 +295,11 @@ class Trainer:
         )
 
     def _write_html(self) -> None:
-        from fastgan.train.report import write_report
+        from fastgan.train.report import layer_rows, write_report
 
-        write_report(self.run_folder, self)
+        if self._layers is None:  # the same throughout a run
+            self._layers = layer_rows(self)
+        write_report(self.run_folder, self, self._layers)
 
 
 class _Window:
@@ -353,6 +362,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type == "cpu":
         raise FastganError("--precision: fp16 is for CUDA; on a CPU take fp32 or bf16")
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def check_backend(name: str, device: torch.device, precision: torch.dtype) -> None:
+    """Raise BackendError where the backend that was asked for cannot run; the words are those of `fastgan.info`."""
+    if name != "auto" and (reason := why_not(name, device=device.type, dtype=precision)) is not None:
+        raise BackendError(f"--backend: {reason}")
 
 
 def make_run_folder(config: TrainConfig) -> Path:
