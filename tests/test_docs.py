@@ -15,7 +15,6 @@ from PIL import Image
 
 from fastgan.errors import FastganError
 from fastgan.sample import Options
-from fastgan.train import Trainer
 from fastgan.train.config import TrainConfig, parse
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +110,7 @@ def test_every_linked_function_is_in_its_file(page):
 def test_every_command_is_accepted(page):
     for command, *arguments in commands(page):
         assert importlib.util.find_spec(f"fastgan.{command}"), command
-        if command in ("train", "sample") and "--help" not in arguments:
+        if arguments and "--help" not in arguments:
             accept(command, arguments)
 
 
@@ -142,23 +141,22 @@ def test_the_checks_above_can_fail():
     assert "a-healthy-run" in anchors(ROOT / "docs/how-gans-work.md")
 
 
-SHRINK = (("range(10_000)", "range(2)"), ("kimg=2000", "kimg=0.016, batch_size=8, g_channels=2, d_channels=2"))
+SHRINK = (("range(10_000)", "range(2)"), ("kimg=2000", "kimg=0.008, batch_size=8, g_channels=2, d_channels=2"))
 
 
 def python_blocks() -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in ROOT.glob("README*.md"))
     return [block for language, block in FENCE.findall(text) if language == "python"]
 
 
 @pytest.fixture
-def newcomer(tiny, tmp_path, monkeypatch):
-    """A folder with what the README's examples take for granted: photos and a run."""
+def newcomer(tmp_path, monkeypatch):
+    """A folder with what the README's examples take for granted: photos."""
     photos = tmp_path / "my_photos"
     photos.mkdir()
     random = np.random.default_rng(0)
     for index in range(20):
         Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8)).save(photos / f"{index}.png")
-    Trainer(tiny(out="runs/00001-digits-32")).run()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTGAN_CACHE", str(tmp_path / "cache"))
 
@@ -170,7 +168,7 @@ def test_python_examples_run(newcomer):
     for block in blocks:
         for before, after in SHRINK:
             block = block.replace(before, after)
-        exec(compile(block, "README.md", "exec"), {"__name__": "example"})
+        exec(compile(block, "README", "exec"), {"__name__": "example"})
 
 
 def test_plots_are_drawn_from_the_committed_data(tmp_path):
