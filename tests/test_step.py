@@ -283,7 +283,7 @@ class TestEma:
             assert torch.equal(average[name], state[name])
 
     def test_16_bits_are_refused(self):
-        with pytest.raises(FastganError, match="weight is torch.bfloat16; expected fp32"):
+        with pytest.raises(FastganError, match=r"weight is torch.bfloat16; expected fp32"):
             Ema(nn.Linear(1, 1).bfloat16())
 
     def test_it_is_in_eval_mode_and_has_a_life_of_its_own(self):
