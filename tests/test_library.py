@@ -1,0 +1,87 @@
+"""The compiled libraries load, and say which instruction set they run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastgan import build, library
+from fastgan.errors import BackendError
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def supported_instruction_sets() -> list[str]:
+    flags = set()
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = set(next((line for line in file if line.startswith("flags")), "").split())
+    except OSError:
+        pytest.skip("the processor's flags are only read from /proc/cpuinfo")
+    needs = {
+        "avx2": {"avx2", "fma"},
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx512_bf16": {"avx512_bf16"},
+    }
+    sets = ["plain"]
+    for name, needed in needs.items():
+        if not needed <= flags:
+            break
+        sets.append(name)
+    return sets
+
+
+SHOW = """
+import torch
+from fastgan import library
+library.load("cpu")
+print(torch.ops.fastgan_cpu.instruction_set())
+"""
+
+
+def test_best_instruction_set_runs():
+    library.load("cpu")
+    if "FASTGAN_CPU" not in os.environ:
+        assert torch.ops.fastgan_cpu.instruction_set() == supported_instruction_sets()[-1]
+
+
+@pytest.mark.parametrize("name", build.INSTRUCTION_SETS)
+def test_instruction_set_can_be_forced(name):
+    """The operator reports the compiler's own macros, so a set whose flags got lost would show as another."""
+    result = run_python(SHOW, FASTGAN_CPU=name)
+    if name in supported_instruction_sets():
+        assert result.stdout.strip() == name
+    else:
+        assert result.returncode
+        assert f"FASTGAN_CPU={name}: this processor and build offer at most" in result.stderr
+
+
+def test_unknown_instruction_set_is_an_error():
+    result = run_python(SHOW, FASTGAN_CPU="sse9")
+    assert result.returncode
+    assert "FASTGAN_CPU must be plain, avx2, avx512 or avx512_bf16, got sse9" in result.stderr
+
+
+def test_smaller_instruction_sets_are_linked_first():
+    """Shared inline functions are taken from the first object, which must suit the smallest processor."""
+    objects = [u.object for u in build.get_build_parameters("cpu").units]
+    suffixes = [o.removesuffix(".o").rsplit(".", 1)[1] for o in objects]
+    order = [list(build.INSTRUCTION_SETS).index(s) if s in build.INSTRUCTION_SETS else -1 for s in suffixes]
+    assert order == sorted(order)
+    assert {-1, 0} < set(order)
+
+
+def test_unknown_library_lists_the_known_ones(monkeypatch):
+    monkeypatch.setattr(library, "_outcomes", {})
+    with pytest.raises(BackendError, match=r"library must be one of cpu, cuda, simt; got 'tpu'"):
+        library.load("tpu")
