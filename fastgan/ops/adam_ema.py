@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.backends import choose, define, requested, run
+from fastgan.backends import define, requested, runner
 from fastgan.ops._library import register
 
 
@@ -88,7 +88,7 @@ define("adam_ema", {"adam_ema": _definition})
 
 def _run(params, *rest) -> None:
     *args, backend = rest
-    run(choose("adam_ema", params[0], backend), "adam_ema", params, *args)
+    runner("adam_ema", params[0], backend)("adam_ema", params, *args)
 
 
 register(
