@@ -28,6 +28,12 @@ STABLE_TORCH_LIBRARY(fastgan_cuda, m) {
       "Tensor? grad_weight, Tensor? grad_bias, int count) -> Tensor");
   m.def("gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "conv_stats(Tensor x, Tensor weight, Tensor? mean, Tensor? scale, Tensor? bias, float slope, int stride, int padding, "
+      "int dilation) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "conv_transpose_stats(Tensor x, Tensor weight, Tensor? mean, Tensor? scale, Tensor? bias, float slope, int stride, "
+      "int padding, int output_padding) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "adam_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] ema_params, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "bool decoupled, float ema_decay) -> ()");
@@ -39,6 +45,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_cuda, CUDA, m) {
   m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cuda::bn_act_reduce));
   m.impl("bn_act_backward", TORCH_BOX(&fastgan::cuda::bn_act_backward));
   m.impl("gan_bce", TORCH_BOX(&fastgan::cuda::gan_bce));
+  m.impl("conv_stats", TORCH_BOX(&fastgan::cuda::conv_stats));
+  m.impl("conv_transpose_stats", TORCH_BOX(&fastgan::cuda::conv_transpose_stats));
   m.impl("adam_ema", TORCH_BOX(&fastgan::cuda::adam_ema));
 }
 #endif

@@ -4,11 +4,10 @@ from itertools import product
 
 import pytest
 import torch
-
+from simt import run_clean, simt, to_output
 
 from fastgan.ops.adam_ema import adam_ema
 from fastgan.tolerance import misses
-from simt import run_clean, simt, to_output
 
 SHAPES = [(1,), (7,), (64, 3, 4, 4), (4096,), (5001,), (0,), (3, 1)]
 OPTIONS = {"lr": 1e-2, "beta1": 0.5, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "decoupled": False}

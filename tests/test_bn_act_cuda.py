@@ -1,13 +1,14 @@
 """The CUDA kernels of bn_act, run thread by thread on the host, against the definition."""
 
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
+from simt import DTYPES, run_clean, simt, to_input, to_output
 
 from fastgan.ops import bn_act_eager as eager
 from fastgan.tolerance import misses
-from simt import DTYPES, run_clean, simt, to_input, to_output
 
 # N, C, H, W: one value short of and past every block boundary that a few thousand values can reach.
 SHAPES = [(1, 1, 1, 7), (2, 3, 5, 3), (3, 65, 1, 3), (2, 16, 4, 4), (5, 24, 1, 1), (1, 8, 37, 8), (130, 8, 4, 2)]
@@ -138,7 +139,7 @@ def test_backward(shape, layout, dtype):
         sums = twice(shape, lambda seed, s=slope: reduce(dz, y, layout, given, s, seed))
         check(sums, eager.reduce(dz, y, *given, slope), eager.reduce(*wide, slope))
         for n in (count, 0):
-            got = twice(shape, lambda seed, s=slope, n=n: backward(dz, y, layout, given, s, sums, n, seed))
+            got = twice(shape, partial(backward, dz, y, layout, given, slope, sums, n))
             used = (None, None) if n == 0 else sums
             truth_sums = (None, None) if n == 0 else [t.double() for t in sums]
             own = eager.backward(dz, y, *given, slope, *used, n)

@@ -31,8 +31,10 @@ def sources(tmp_path):
     """A small library in place of fastgan's, which takes a fraction of a second to compile."""
     folder = tmp_path / "csrc"
     (folder / "cpu").mkdir(parents=True)
-    (folder / "registration.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n')
-    (folder / "cpu" / "isa.cpp").write_text('int other() { return 7; }\n')
+    (folder / "registration.cpp").write_text(
+        'extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n'
+    )
+    (folder / "cpu" / "isa.cpp").write_text("int other() { return 7; }\n")
     return folder
 
 
@@ -81,7 +83,7 @@ def test_builds_once_and_says_so(sources):
 
 def test_changed_source_is_another_library(sources):
     finish(start(sources))
-    (sources / "cpu" / "isa.cpp").write_text('int other() { return 8; }\n')
+    (sources / "cpu" / "isa.cpp").write_text("int other() { return 8; }\n")
     code, _, err = finish(start(sources))
     assert code == 0
     assert "building the cpu library" in err

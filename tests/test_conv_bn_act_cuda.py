@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from simt import DTYPES, run_clean, simt, to_input, to_output
 
 from fastgan.ops import bn_act_eager as eager
 from fastgan.tolerance import misses
-from simt import DTYPES, run_clean, simt, to_input, to_output
 
 # transposed, N, C, K, (H, W), kernel, stride, padding, dilation or output padding
 CASES = [
@@ -24,7 +24,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 def make(case, dtype):
-    transposed, n, c, k, (h, w), size, *_ = case
+    _, n, c, k, (h, w), size, *_ = case
     g = torch.Generator().manual_seed(1)
     x = (torch.randn(n, c, h, w, generator=g) + 0.5).to(dtype)
     weight = torch.randn(k, c, size, size, generator=g) / (c * size * size) ** 0.5

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from simt import DTYPES, run_clean, simt, to_input, to_output
 
 import fastgan.ops  # noqa: F401  (defines the operations)
 from fastgan import backends
 from fastgan.tolerance import misses
-from simt import DTYPES, run_clean, simt, to_input, to_output
 
 SIZES = [(1, 1), (3, 600), (0, 33), (513, 0), (64, 64)]
 

@@ -38,8 +38,7 @@ MUTATIONS = [
     ("lane mask", re.compile(r"(?<=_sync\()all_lanes"), "0xffffu"),
 ]
 # (file, text of the line, kind): why no test can notice.
-EQUIVALENT = {
-}
+EQUIVALENT = {}
 
 
 def mutants():

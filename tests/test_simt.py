@@ -3,9 +3,9 @@
 import subprocess
 
 import pytest
+from simt import simt
 
 from fastgan import build
-from simt import simt
 
 # kernel: (what the broken one is reported as, a line of it)
 PLANTED = {

@@ -155,6 +155,9 @@ class Convolution {
 template <class T>
 __global__ void __launch_bounds__(conv_threads) conv(ConvShape shape, const T* x, const T* weight, ConvPrologue prologue, T* y,
                                                      Moments* partials) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __trap();  // the wrapper refuses such devices
+#else
   __shared__ __align__(16) unsigned char memory[shared_bytes];
   Convolution<T> convolution(shape, x, weight, prologue, reinterpret_cast<Stage<T>*>(memory));
   int lane = threadIdx.x % warp, warp_row = threadIdx.x / warp / 2 * warp_tile, warp_column = threadIdx.x / warp % 2 * warp_tile;
@@ -206,6 +209,7 @@ __global__ void __launch_bounds__(conv_threads) conv(ConvShape shape, const T* x
   mine.m2 = deviations.value().of[0];
   if (channel < shape.out_channels)
     partials[(int64_t{blockIdx.x} * (conv_threads / tile) + threadIdx.x / tile) * shape.out_channels + channel] = mine;
+#endif
 }
 
 // Two passes over the parts: the mean of all, then every part's deviations from it.

@@ -21,6 +21,15 @@ Tensor bn_act_backward(const Tensor& dz, const Tensor& y, const Tensor& mean, co
 std::tuple<Tensor, Tensor, Tensor> gan_bce(std::optional<Tensor> real, std::optional<Tensor> fake, double real_target,
                                            double fake_target);
 
+// Convolution of phi(scale * (x - mean) + bias), and mean and m2 of its stored result; x [N, H, W, C] and y channels-last in
+// memory, weight [K, R, S, C].
+std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, std::optional<Tensor> mean,
+                                              std::optional<Tensor> scale, std::optional<Tensor> bias, double slope,
+                                              int64_t stride, int64_t padding, int64_t dilation);
+std::tuple<Tensor, Tensor, Tensor> conv_transpose_stats(const Tensor& x, const Tensor& weight, std::optional<Tensor> mean,
+                                                        std::optional<Tensor> scale, std::optional<Tensor> bias, double slope,
+                                                        int64_t stride, int64_t padding, int64_t output_padding);
+
 void adam_ema(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
               std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> ema_params, const Tensor& step, double lr, double beta1,
               double beta2, double eps, double weight_decay, bool decoupled, double ema_decay);

@@ -4,13 +4,20 @@ Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015; Loshchilov an
 Regularization", 2019. Exactly torch's fused optimiser followed by `ema.lerp_(param, 1 - ema_decay)`.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from fastgan.backends import define, requested, runner
+=======
+from fastgan.backends import choose, count, define, kernel, requested
+from fastgan.errors import BackendError
+>>>>>>> ext
 from fastgan.ops._library import register
+from fastgan.tolerance import misses
 
 
 def adam_ema(
@@ -88,7 +95,47 @@ define("adam_ema", {"adam_ema": _definition})
 
 def _run(params, *rest) -> None:
     *args, backend = rest
+<<<<<<< HEAD
     runner("adam_ema", params[0], backend)("adam_ema", params, *args)
+=======
+    name = choose("adam_ema", params[0], backend).backend
+    if name != "eager" and params[0].is_cuda and (reason := _mistrust(name, params, *args)) is not None:
+        if backend is not None:
+            raise BackendError(f"kernel adam_ema of backend '{name}' is disabled here: {reason}")
+        name = "eager"
+    count(name, "adam_ema")
+    kernel(name, "adam_ema")(params, *args)
+
+
+_verdicts: dict[tuple, str | None] = {}
+
+
+def _mistrust(name: str, *args) -> str | None:
+    """Why the kernel must not run: it missed the definition on copies of the arguments, asked once per device."""
+    first = args[0][0]
+    key = (name, first.device, first.dtype)
+    if key not in _verdicts:
+        if torch.cuda.is_current_stream_capturing():
+            return "not compared yet: a comparison needs the host, and a CUDA graph is being captured"
+        got, own = _updated(name, args, None), _updated("eager", args, None)
+        reason = _verdicts[key] = misses(got, own, _updated("eager", args, torch.float64))
+        if reason is not None:
+            warnings.warn(
+                f"fastgan: kernel adam_ema of backend '{name}' is disabled on {first.device}: {reason}. "
+                "The eager definition runs instead; please report this.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _verdicts[key]
+
+
+def _updated(name: str, args, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """The four kinds of state after the update of copies, each in one vector."""
+    lists = [[t.to(dtype or t.dtype, copy=True) for t in tensors] for tensors in args[:5]]
+    kernel(name, "adam_ema")(*lists, *args[5:])
+    params, _, *states = lists
+    return tuple(torch.cat([t.flatten() for t in tensors]) for tensors in (params, *states) if tensors)
+>>>>>>> ext
 
 
 register(
