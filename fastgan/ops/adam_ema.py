@@ -10,12 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from fastgan.backends import define, requested, runner
-=======
 from fastgan.backends import choose, count, define, kernel, requested
 from fastgan.errors import BackendError
->>>>>>> ext
 from fastgan.ops._library import register
 from fastgan.tolerance import misses
 
@@ -95,9 +91,6 @@ define("adam_ema", {"adam_ema": _definition})
 
 def _run(params, *rest) -> None:
     *args, backend = rest
-<<<<<<< HEAD
-    runner("adam_ema", params[0], backend)("adam_ema", params, *args)
-=======
     name = choose("adam_ema", params[0], backend).backend
     if name != "eager" and params[0].is_cuda and (reason := _mistrust(name, params, *args)) is not None:
         if backend is not None:
@@ -135,7 +128,6 @@ def _updated(name: str, args, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
     kernel(name, "adam_ema")(*lists, *args[5:])
     params, _, *states = lists
     return tuple(torch.cat([t.flatten() for t in tensors]) for tensors in (params, *states) if tensors)
->>>>>>> ext
 
 
 register(
