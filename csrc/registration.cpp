@@ -7,9 +7,29 @@
 
 STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
   m.def("instruction_set() -> str");
+  m.def("convolve(Tensor input, Tensor? second, Tensor? constants, float slope, Tensor weight, bool to_large, "
+        "int height, int width, bool statistics, Tensor? output_y, Tensor? output_constants, float output_slope, "
+        "int scheme) -> (Tensor, Tensor)");
+  m.def("weight_gradient(Tensor large, Tensor? large_second, Tensor? large_constants, float large_slope, Tensor small, "
+        "Tensor? small_second, Tensor? small_constants, float small_slope, int scheme) -> Tensor");
+  m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
+  m.def("bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) -> Tensor");
+  m.def("bn_act_reduce(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) "
+        "-> (Tensor, Tensor)");
+  m.def("bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope, "
+        "Tensor? grad_weight, Tensor? grad_bias, int count) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&fastgan::cpu::instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
+  m.impl("convolve", TORCH_BOX(&fastgan::cpu::convolve));
+  m.impl("weight_gradient", TORCH_BOX(&fastgan::cpu::weight_gradient));
+  m.impl("bn_stats", TORCH_BOX(&fastgan::cpu::bn_stats));
+  m.impl("bn_act", TORCH_BOX(&fastgan::cpu::bn_act));
+  m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cpu::bn_act_reduce));
+  m.impl("bn_act_backward", TORCH_BOX(&fastgan::cpu::bn_act_backward));
 }
 #endif
