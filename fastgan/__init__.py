@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fastgan.ema import Ema as Ema
     from fastgan.step import GanStep as GanStep
 
 _HOME = {
+    "Ema": "fastgan.ema",
     "GanStep": "fastgan.step",
 }
-_SUBMODULES = ("data", "losses", "nn", "ops")
+_SUBMODULES = ("data", "losses", "nn", "ops", "optim")
 
 __all__ = ["__version__", *_HOME, *_SUBMODULES]
 

@@ -1,7 +1,8 @@
 """The package imports quickly, builds nothing, and has the promised layout."""
 
-import fastgan
 import fastgan.kernels
+
+import fastgan
 
 
 def test_version_is_a_string():

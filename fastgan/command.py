@@ -1,0 +1,36 @@
+"""What all commands share: one clear line and exit code 2 for what the user can mend, 130 for Ctrl-C."""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+
+from fastgan.errors import FastganError
+
+
+def run_command(main: Callable[[], None], *, debug: bool) -> int:
+    """Run `main` and return the exit code; with `debug` errors keep their traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (FastganError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _explain(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    advice = {
+        errno.ENOSPC: "free some space, then go on with --resume",
+        errno.EDQUOT: "free some space, then go on with --resume",
+        errno.EACCES: "choose a folder that you may write to",
+        errno.EPERM: "choose a folder that you may write to",
+        errno.EROFS: "choose a folder that you may write to",
+    }.get(error.errno or 0)
+    return f"{error.filename or 'file'}: {error.strerror or error}" + (f"; {advice}" if advice else "")

@@ -1,0 +1,219 @@
+"""One training step of a GAN: the discriminator's update, then the generator's."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from fastgan import losses
+from fastgan.ema import Ema
+from fastgan.errors import FastganError
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it no parameter of `module` requires grad; afterwards each is as before, also after an exception."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+class GanStep:
+    """One alternating training step: `metrics = step(real)`.
+
+    The discriminator learns from `real` and from fresh fakes, each batch on its own through its BatchNorm; then
+    the generator learns from the same fakes seen by the updated discriminator. This is the order of Goodfellow et
+    al. (2014), algorithm 1, and of PyTorch's DCGAN example, without the work that the latter throws away: the
+    discriminator's parameters are frozen during the generator's update, so no gradient of theirs is computed there.
+
+    Args:
+        generator: latents [N, latent_dim] to images [N, C, H, W].
+        discriminator: images [N, C, H, W] to logits [N] (or any shape with N elements).
+        opt_g, opt_d: optimisers over the parameters of each.
+        loss: a name of `fastgan.losses.LOSSES`.
+        latent_dim: length of a latent; by default `generator.latent_dim`.
+        real_target: below 1 is one-sided label smoothing.
+        r1, r2: gamma of the gradient penalties on real and on fake images; gamma / 2 times the penalty is added.
+        penalty_interval: penalties are computed on every so many steps and weigh so many times as much
+            (lazy regularisation, Karras et al., 2020, arXiv:1912.04958).
+        wgan_gp: lambda of WGAN-GP's penalty between real and fake, on every step.
+        generator_interval: the generator learns on every so many steps (5 is usual for WGAN-GP).
+        clip_grad: largest norm of all gradients of a network, or None.
+        ema: follows the generator after each of its updates.
+        autocast: run both networks under `torch.autocast` with this dtype; a step with penalties runs in fp32,
+            because squares of gradients leave the range of 16 bits.
+        scaler: for autocast with float16.
+        latents: draws the latents, `latents(n)` -> [n, latent_dim]; by default normal(0, 1) from the global
+            generator of the parameters' device.
+
+    Raises:
+        FastganError: unknown loss, a value out of range, `real_target` with a loss that has no targets.
+
+    `step(real)`: `real` is [N, C, H, W] in [-1, 1] on the networks' device. It returns metrics as tensors [] on that
+    device, and never waits for the device itself: `loss_d`, `loss_g` (where the generator learnt), `d_real` =
+    mean D(x) and `d_fake` = mean D(G(z)) before the updates, and the penalties that were computed (`r1`, `r2`,
+    `wgan_gp`, without their weights). Gradients that were there before are dropped. `step.steps` and `step.images`
+    count; set both when training goes on from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        opt_g: torch.optim.Optimizer,
+        opt_d: torch.optim.Optimizer,
+        loss: str = "non_saturating",
+        *,
+        latent_dim: int | None = None,
+        real_target: float = 1.0,
+        r1: float = 0.0,
+        r2: float = 0.0,
+        penalty_interval: int = 16,
+        wgan_gp: float = 0.0,
+        generator_interval: int = 1,
+        clip_grad: float | None = None,
+        ema: Ema | None = None,
+        autocast: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        latents: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        self.loss = losses.get_loss(loss)
+        if real_target != 1.0 and not self.loss.smoothable:
+            raise FastganError(f"label smoothing: {loss} has no targets, real_target must stay 1, got {real_target}")
+        if not 0.0 < real_target <= 1.0:
+            raise FastganError(f"real_target must be in (0, 1], got {real_target}")
+        for name, weight in (("r1", r1), ("r2", r2), ("wgan_gp", wgan_gp)):
+            if weight < 0:
+                raise FastganError(f"{name} must be at least 0, got {weight}")
+        for name, interval in (
+            ("penalty_interval", penalty_interval),
+            ("generator_interval", generator_interval),
+        ):
+            if interval < 1:
+                raise FastganError(f"{name} must be at least 1, got {interval}")
+        if clip_grad is not None and clip_grad <= 0:
+            raise FastganError(f"clip_grad must be above 0, got {clip_grad}")
+        if latents is None:
+            latents = _normal_latents(generator, latent_dim)
+        self.generator, self.discriminator = generator, discriminator
+        self.opt_g, self.opt_d = opt_g, opt_d
+        self.real_target = real_target
+        self.r1, self.r2, self.wgan_gp = r1, r2, wgan_gp
+        self.penalty_interval, self.generator_interval = penalty_interval, generator_interval
+        self.clip_grad, self.ema = clip_grad, ema
+        self.autocast, self.scaler = autocast, scaler
+        self.latents = latents
+        self.steps = 0
+        self.images = 0
+
+    def __call__(self, real: Tensor) -> dict[str, Tensor]:
+        updates_generator = self.steps % self.generator_interval == 0
+        with self._precision(real.device), torch.set_grad_enabled(updates_generator):
+            fake = self.generator(self.latents(len(real)))
+        metrics = self._update_discriminator(real, fake.detach())
+        if updates_generator:
+            metrics |= self._update_generator(real, fake)
+        if self.scaler is not None:
+            self.scaler.update()
+        if updates_generator and self.ema is not None:
+            self.ema.update(self.generator, len(real) * self.generator_interval, self.images)
+        self.steps += 1
+        self.images += len(real)
+        return metrics
+
+    def _update_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        penalised = bool(self.r1 or self.r2) and self.steps % self.penalty_interval == 0
+        if penalised:
+            real = real.detach().requires_grad_(bool(self.r1))
+            fake = _widened(fake).requires_grad_(bool(self.r2))
+        precision = nullcontext() if penalised else self._precision(real.device)
+        with precision:
+            real_logits = self._logits(real)
+            fake_logits = self._logits(fake)
+        smoothing = {"real_target": self.real_target} if self.real_target != 1.0 else {}
+        loss = self.loss.discriminator(real_logits, fake_logits, **smoothing)
+        metrics = {
+            "loss_d": loss.detach(),
+            "d_real": real_logits.detach().sigmoid().mean(),
+            "d_fake": fake_logits.detach().sigmoid().mean(),
+        }
+        if penalised:
+            for name, gamma, logits, images in (
+                ("r1", self.r1, real_logits, real),
+                ("r2", self.r2, fake_logits, fake),
+            ):
+                if gamma:
+                    penalty = losses.gradient_penalty(logits, images)
+                    metrics[name] = penalty.detach()
+                    loss = loss + (0.5 * gamma * self.penalty_interval) * penalty
+        if self.wgan_gp:
+            between = losses.interpolate(real, fake.to(real.dtype))
+            penalty = losses.wgan_gradient_penalty(self._logits(between), between)
+            metrics["wgan_gp"] = penalty.detach()
+            loss = loss + self.wgan_gp * penalty
+        self._descend(loss, self.opt_d)
+        return metrics
+
+    def _update_generator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        with frozen(self.discriminator):
+            with self._precision(real.device):
+                fake_logits = self._logits(fake)
+                if self.loss.paired:
+                    with torch.no_grad():
+                        real_logits = self._logits(real)
+            if self.loss.paired:
+                loss = self.loss.generator(fake_logits, real_logits)
+            else:
+                loss = self.loss.generator(fake_logits)
+            self._descend(loss, self.opt_g)
+        return {"loss_g": loss.detach()}
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return _widened(self.discriminator(images))
+
+    def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler.scale(loss).backward()
+        else:
+            loss.backward()
+        if self.clip_grad is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        if self.scaler is not None:
+            self.scaler.step(optimizer)
+        else:
+            optimizer.step()
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, self.autocast)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """At least fp32: losses and penalties are taken there, whatever the networks compute in."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _normal_latents(generator: nn.Module, latent_dim: int | None) -> Callable[[int], Tensor]:
+    dim = latent_dim if latent_dim is not None else getattr(generator, "latent_dim", None)
+    if dim is None:
+        raise FastganError(
+            f"GanStep: {type(generator).__name__} has no attribute latent_dim; "
+            "pass latent_dim=... or latents=a function from n to latents"
+        )
+    parameter = next(generator.parameters())
+
+    def draw(n: int) -> Tensor:
+        return torch.randn(n, dim, dtype=parameter.dtype, device=parameter.device)
+
+    return draw

@@ -1,0 +1,415 @@
+"""The training loop, top to bottom: build, (resume,) step, report, sample, save."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastgan import images, optim
+from fastgan.data import Batches, PreparedImages, prepare, to_uint8
+from fastgan.ema import Ema
+from fastgan.errors import CheckpointError, FastganError
+from fastgan.nn import Discriminator
+from fastgan.sample import build_generator, draw_latents
+from fastgan.step import GanStep
+from fastgan.train import checkpoint
+from fastgan.train.config import TrainConfig, save_config
+from fastgan.train.log import Log
+from fastgan.train.progress import Progress, duration
+from fastgan.versions import device_name, versions
+
+GRID = 64  # fixed latents whose images are followed through training
+
+
+class Diverged(FastganError):
+    """A loss or a metric became NaN or infinite."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the run was saved first. `exit_code` is what a shell expects of the signal."""
+
+    def __init__(self, number: int, saved: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; saved {saved}")
+        self.exit_code = 128 + number
+        self.run_folder = saved.parent.parent
+
+
+class Trainer:
+    """Everything that one run consists of; `run()` trains it to the end.
+
+    Args:
+        config: with `resume` set, everything is restored from there.
+        console: where progress goes; by default standard output.
+    """
+
+    def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
+        config.check()
+        self.config = config
+        self.console = console or Console(highlight=False)
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        self.data = _prepare(config, self.console)
+        _check_data(config, self.data)
+        torch.manual_seed(config.seed)
+        channels = self.data.channels
+        self.generator = build_generator(config, channels)
+        self.discriminator = Discriminator(
+            config.image_size, channels, config.d_channels, spectral_norm=config.spectral_norm
+        )
+        for network in (self.generator, self.discriminator):
+            network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = Ema(self.generator, config.ema_kimg, config.ema_rampup)
+        self.opt_g, self.opt_d = (
+            optim.make_optimizer(
+                network.parameters(),
+                config.optimizer,
+                lr=lr,
+                betas=(config.beta1, config.beta2),
+                momentum=config.beta1,
+                weight_decay=config.weight_decay,
+            )
+            for network, lr in ((self.generator, config.lr_g), (self.discriminator, config.lr_d))
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.precision == torch.float16 else None
+        self.step = GanStep(
+            self.generator,
+            self.discriminator,
+            self.opt_g,
+            self.opt_d,
+            config.loss,
+            real_target=1.0 - config.label_smoothing,
+            r1=config.r1,
+            r2=config.r2,
+            penalty_interval=config.penalty_interval,
+            wgan_gp=config.wgan_gp,
+            generator_interval=config.d_steps,
+            clip_grad=config.clip_grad,
+            ema=self.ema,
+            autocast=None if self.precision == torch.float32 else self.precision,
+            scaler=self.scaler,
+        )
+        self.batches = Batches(
+            self.data,
+            config.batch_size,
+            seed=config.seed,
+            flip=config.flip,
+            crop_size=config.image_size if config.crop == "random" else None,
+            device=self.device,
+        )
+        self.fixed_latents = draw_latents(GRID, config.latent_dim, config.seed).to(self.device)
+        self.seconds = 0.0  # spent in training steps, over all sessions of the run
+        if config.resume is not None:
+            self.run_folder = _run_of(config.resume)
+            self._load(config.resume)
+        else:
+            self.run_folder = make_run_folder(config)
+
+    @property
+    def kimg(self) -> float:
+        return self.step.images / 1000
+
+    def run(self) -> Path:
+        """Train until `config.kimg`; returns the run folder.
+
+        Raises:
+            Diverged: a metric is NaN or infinite; nothing is saved after it.
+            Interrupted: Ctrl-C or SIGTERM, after saving.
+            OSError: the disk is full or not writable; the last checkpoints stay as they were.
+        """
+        save_config(self.config, self.run_folder / "config.json")
+        self._announce()
+        if self.step.steps == 0:
+            self._sample()
+            self._save()  # shows at once whether the disk takes it, and a run can be resumed from its first second
+        log = Log(self.run_folder, self.step.steps, self.config.tensorboard)
+        window = _Window()
+        try:
+            with Progress(self.console, self.config.kimg) as progress, _catch_signals() as caught:
+                while self.kimg < self.config.kimg:
+                    self._train_step(window)
+                    stopping = list(caught)  # looked at once: a signal may come at any moment
+                    last = self.kimg >= self.config.kimg or bool(stopping)
+                    if last or self._due(self.config.report_kimg) or self._due(self.config.checkpoint_kimg):
+                        report = self._report(window)
+                        log.write(report)
+                        progress.show(report)
+                    if last or self._due(self.config.sample_kimg):
+                        self._sample()
+                    if last or self._due(self.config.checkpoint_kimg):
+                        saved = self._save()
+                        if stopping:
+                            raise Interrupted(stopping[0], saved)
+        finally:
+            log.close()
+            self.batches.close()
+        self._write_html()
+        self.console.print(
+            f"{self.run_folder}: done after {duration(self.seconds)} of training. "
+            f"Open {self.run_folder / 'report.html'}"
+        )
+        return self.run_folder
+
+    def _train_step(self, window: "_Window") -> None:
+        scale = optim.lr_scale(
+            self.kimg,
+            total_kimg=self.config.kimg,
+            warmup_kimg=self.config.warmup_kimg,
+            decay=self.config.lr_decay,
+        )
+        optim.set_lr(self.opt_g, self.config.lr_g * scale)
+        optim.set_lr(self.opt_d, self.config.lr_d * scale)
+        start = time.perf_counter()
+        window.metrics.append(self.step(next(self.batches)))
+        window.seconds += time.perf_counter() - start
+        window.images += self.config.batch_size
+
+    def _due(self, interval_kimg: float) -> bool:
+        """Whether the step just made crossed a multiple of the interval."""
+        interval = interval_kimg * 1000
+        before = self.step.images - self.config.batch_size
+        return self.step.images // interval > before // interval
+
+    def _report(self, window: "_Window") -> dict[str, Any]:
+        """Read the metrics since the last report (the only place that waits for the device) and average them."""
+        start = time.perf_counter()
+        averages = self._averages(window.metrics)
+        self.seconds += window.seconds + time.perf_counter() - start
+        report = {
+            "step": self.step.steps,
+            "kimg": self.kimg,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(window.images / (window.seconds + time.perf_counter() - start), 1),
+            **averages,
+            "lr_g": self.opt_g.param_groups[0]["lr"],
+            "lr_d": self.opt_d.param_groups[0]["lr"],
+        }
+        if self.device.type == "cuda":
+            report["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        window.clear()
+        return report
+
+    def _averages(self, metrics: list[dict[str, Tensor]]) -> dict[str, float]:
+        first_step = self.step.steps - len(metrics) + 1
+        averages = {}
+        wrong: list[tuple[int, str, float]] = []
+        for name in sorted({name for entry in metrics for name in entry}):
+            at = [index for index, entry in enumerate(metrics) if name in entry]
+            values = torch.stack([metrics[index][name] for index in at]).double().cpu()
+            averages[name] = float(values.mean())
+            wrong += [
+                (first_step + at[index], name, float(values[index]))
+                for index in (~values.isfinite()).nonzero().flatten().tolist()
+            ]
+        if wrong:
+            step, name, value = min(wrong, key=lambda entry: entry[0])
+            raise Diverged(
+                f"step {step}: {name} is {value}. Nothing was saved after it; the last good checkpoint is "
+                f"{checkpoint.resolve(self.run_folder)}. Lower --lr-g and --lr-d, or add --r1 or --clip-grad"
+            )
+        return averages
+
+    def _sample(self) -> None:
+        folder = self.run_folder / "samples"
+        folder.mkdir(exist_ok=True)
+        with torch.no_grad():
+            samples = to_uint8(self.ema.module(self.fixed_latents))
+        images.save_png(images.grid(samples), folder / f"kimg-{self.kimg:09.3f}.png")
+
+    def _save(self) -> Path:
+        random_tensors, random_values = checkpoint.random_states(self.device)
+        tensors = {
+            **checkpoint.prefixed("generator", self.generator.state_dict()),
+            **checkpoint.prefixed("discriminator", self.discriminator.state_dict()),
+            **checkpoint.prefixed("ema", self.ema.module.state_dict()),
+            **checkpoint.prefixed("opt_g", checkpoint.optimizer_tensors(self.opt_g)),
+            **checkpoint.prefixed("opt_d", checkpoint.optimizer_tensors(self.opt_d)),
+            **checkpoint.prefixed("random", random_tensors),
+        }
+        header = {
+            "config": self.config.to_json(),
+            "channels": self.data.channels,
+            "steps": self.step.steps,
+            "images": self.step.images,
+            "seconds": self.seconds,
+            "opt_g": checkpoint.optimizer_settings(self.opt_g),
+            "opt_d": checkpoint.optimizer_settings(self.opt_d),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "random": random_values,
+            "batches": self.batches.state_dict(),
+            "data": self.data.fingerprint,
+            "versions": versions(),
+        }
+        path = checkpoint.write(self.run_folder, self.step.steps, tensors, header)
+        if self.step.steps:
+            self._write_html()
+        return path
+
+    def _load(self, source: Path) -> None:
+        path = checkpoint.resolve(source)
+        tensors, header = checkpoint.read(path)
+        if header["data"] != self.data.fingerprint:
+            raise CheckpointError(
+                f"{path}: was trained on other images than {self.data.source} now holds; a run can only go on with "
+                "the same files"
+            )
+        checkpoint.load_module(self.generator, "generator", tensors, path)
+        checkpoint.load_module(self.discriminator, "discriminator", tensors, path)
+        checkpoint.load_module(self.ema.module, "ema", tensors, path)
+        checkpoint.load_optimizer(self.opt_g, "opt_g", tensors, header["opt_g"], path)
+        checkpoint.load_optimizer(self.opt_d, "opt_d", tensors, header["opt_d"], path)
+        if self.scaler and header["scaler"]:
+            self.scaler.load_state_dict(header["scaler"])
+        self.batches.load_state_dict(header["batches"])
+        self.step.steps, self.step.images = header["steps"], header["images"]
+        self.seconds = header["seconds"]
+        checkpoint.set_random_states(checkpoint.part("random", tensors), header["random"], self.device)
+        if header["versions"] != versions():
+            changed = [name for name, value in versions().items() if header["versions"].get(name) != value]
+            self.console.print(
+                f"note: {', '.join(changed)} changed since this was saved; the run goes on, but perhaps not bit for bit"
+            )
+
+    def _announce(self) -> None:
+        counts = [sum(p.numel() for p in network.parameters()) for network in (self.generator, self.discriminator)]
+        config, data = self.config, self.data
+        skipped = f", {len(data.skipped)} files skipped" if data.skipped else ""
+        self.console.print(
+            f"data       {data.source}: {len(data):,} images{skipped}, {config.image_size} x {config.image_size}, "
+            f"{data.channels} channel{'s' if data.channels > 1 else ''}\n"
+            f"networks   G {counts[0]:,} and D {counts[1]:,} parameters, loss {config.loss}\n"
+            f"device     {self.device} ({device_name(self.device)}), {str(self.precision).removeprefix('torch.')}\n"
+            f"training   {config.kimg:g} kimg in steps of {config.batch_size}"
+            + (f", going on from {self.kimg:.1f} kimg" if config.resume else "")
+            + f"\nrun        {self.run_folder}",
+            soft_wrap=True,
+        )
+        for file, reason in data.skipped[:5]:
+            self.console.print(f"skipped    {file}: {reason}", soft_wrap=True)
+        if len(data.skipped) > 5:
+            self.console.print(f"skipped    and {len(data.skipped) - 5} more")
+
+    def _write_html(self) -> None:
+        from fastgan.train.report import write_report
+
+        write_report(self.run_folder, self)
+
+
+class _Window:
+    """What happened since the last report."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.metrics: list[dict[str, Tensor]] = []
+        self.seconds = 0.0
+        self.images = 0
+
+
+@contextmanager
+def _catch_signals() -> Iterator[list[int]]:
+    """Turn the first Ctrl-C or SIGTERM into an entry of the list, a second one into the usual end."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handler(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread: whoever started the thread handles signals
+        pass
+    try:
+        yield caught
+    finally:
+        for caught_number, old in before.items():
+            signal.signal(caught_number, old)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. FastganError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FastganError(f"--device: expected auto, cpu, cuda or cuda:N; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise FastganError(f"--device: expected auto, cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FastganError(f"--device: {name} was asked for, but torch {torch.__version__} finds no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FastganError(f"--device: {name} was asked for; there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations; `auto` is 16 bits where the hardware multiplies them faster."""
+    if name == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if name == "fp16" and device.type == "cpu":
+        raise FastganError("--precision: fp16 is for CUDA; on a CPU take fp32 or bf16")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def make_run_folder(config: TrainConfig) -> Path:
+    """Create `config.out`, or the next free runs/NNNNN-name; FastganError where something is there already."""
+    if config.out is not None:
+        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+            raise FastganError(
+                f"--out: {config.out} is there already and not empty; choose another folder, "
+                f"or go on with --resume {config.out}"
+            )
+        config.out.mkdir(parents=True, exist_ok=True)
+        return config.out
+    name = Path(config.data).stem if not config.data.startswith("torchvision:") else config.data.split(":")[1]
+    runs = Path("runs")
+    runs.mkdir(exist_ok=True)
+    for _ in range(1000):
+        numbers = [int(path.name[:5]) for path in runs.iterdir() if path.name[:5].isdigit()]
+        folder = runs / f"{max(numbers, default=0) + 1:05d}-{name}-{config.image_size}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:  # another process took the number
+            continue
+    raise FastganError("runs/: no free run number; pass --out")
+
+
+def _run_of(resume: Path) -> Path:
+    """The run folder of what `--resume` names."""
+    return checkpoint.resolve(resume).parent.parent
+
+
+def _prepare(config: TrainConfig, console: Console) -> PreparedImages:
+    from rich.progress import Progress as Bar
+
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("preparing images", total=None)
+        return prepare(
+            config.data,
+            config.image_size,
+            channels=config.channels,
+            crop=config.crop,
+            cache_dir=config.cache,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _check_data(config: TrainConfig, data: PreparedImages) -> None:
+    if len(data) < config.batch_size:
+        raise FastganError(
+            f"--batch-size: {config.batch_size} is more than the {len(data)} images of {data.source}; "
+            f"take --batch-size {2 ** int(math.log2(max(len(data), 2)))} or more images"
+        )
