@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
         "-> (Tensor, Tensor)");
   m.def("bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope, "
         "Tensor? grad_weight, Tensor? grad_bias, int count) -> Tensor");
+  m.def("block_constants(Tensor sums, int count, Tensor? weight, Tensor? bias, float eps, Tensor(a!)? running_mean, "
+        "Tensor(b!)? running_var, float momentum) -> Tensor");
+  m.def("block_gradient_constants(Tensor sums, Tensor constants, int count) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CompositeExplicitAutograd, m) {
@@ -27,6 +30,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
   m.impl("convolve", TORCH_BOX(&fastgan::cpu::convolve));
   m.impl("weight_gradient", TORCH_BOX(&fastgan::cpu::weight_gradient));
+  m.impl("block_constants", TORCH_BOX(&fastgan::cpu::block_constants));
+  m.impl("block_gradient_constants", TORCH_BOX(&fastgan::cpu::block_gradient_constants));
   m.impl("bn_stats", TORCH_BOX(&fastgan::cpu::bn_stats));
   m.impl("bn_act", TORCH_BOX(&fastgan::cpu::bn_act));
   m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cpu::bn_act_reduce));

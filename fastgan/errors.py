@@ -2,7 +2,8 @@
 
 
 class FastganError(Exception):
-    """Something the user gave, or the machine lacks: the message says what was expected, what came, what to do."""
+    """Something the user gave, or the machine lacks: the message says what was expected, what came, what
+    to do."""
 
 
 class DataError(FastganError):

@@ -10,7 +10,7 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 
 // Per-channel constants: rows of a [rows, C] tensor.
-enum ActivationRow { row_mean, row_scale, row_shift, activation_rows };
+enum ActivationRow { row_mean, row_scale, row_shift, activation_rows };  // more rows may follow
 enum GradientRow { row_a, row_b, row_c, row_gradient_mean, gradient_rows };
 
 template <class T>

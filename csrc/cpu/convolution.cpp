@@ -10,7 +10,7 @@ using torch::headeronly::ScalarType;
 
 const void* pointer(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// An operand's three tensors: a [N, C, H, W], with constants [3, C], or with b like a and constants [4, C].
+// An operand's three tensors: a [N, C, H, W], with constants [4, C], or with b like a and constants [4, C].
 OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& constants,
                  double slope) {
   ScalarType dtype = a.scalar_type();
@@ -18,7 +18,7 @@ OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b
   check(op, "input", a, shape_of(a), true, dtype);
   STD_TORCH_CHECK(!b || constants, op, ": a second operand needs constants");
   if (b) check(op, "second operand", *b, shape_of(a), true, dtype);
-  if (constants) check(op, "constants", *constants, {b ? 4 : 3, a.size(1)}, false, dtype);
+  if (constants) check(op, "constants", *constants, {4, a.size(1)}, false, dtype);
   return {a.const_data_ptr(), pointer(b), pointer(constants), slope};
 }
 
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
   ResultView result{out.mutable_data_ptr(), sums.numel() ? sums.mutable_data_ptr() : nullptr};
   if (output_y) {
     check(op, "output_y", *output_y, {N, to, height, width}, true, dtype);
-    check(op, "output_constants", *output_constants, {3, to}, false, dtype);
+    check(op, "output_constants", *output_constants, {4, to}, false, dtype);
     result.y = output_y->const_data_ptr(), result.constants = output_constants->const_data_ptr();
     result.slope = output_slope;
   }

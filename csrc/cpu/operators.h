@@ -39,4 +39,14 @@ torch::stable::Tensor bn_act_backward(torch::stable::Tensor dz, torch::stable::T
                                       double slope, std::optional<torch::stable::Tensor> grad_weight,
                                       std::optional<torch::stable::Tensor> grad_bias, int64_t count);
 
+// From (mean, m2) over `count` values to the constants [mu, s, beta, invstd] of the next prologue, running statistics
+// updated; and from a block's two sums to [A, B, C, mu] and (weight gradient, bias gradient). count 0: frozen statistics.
+torch::stable::Tensor block_constants(torch::stable::Tensor sums, int64_t count, std::optional<torch::stable::Tensor> weight,
+                                      std::optional<torch::stable::Tensor> bias, double eps,
+                                      std::optional<torch::stable::Tensor> running_mean,
+                                      std::optional<torch::stable::Tensor> running_var, double momentum);
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> block_gradient_constants(torch::stable::Tensor sums,
+                                                                                 torch::stable::Tensor constants,
+                                                                                 int64_t count);
+
 }  // namespace fastgan::cpu

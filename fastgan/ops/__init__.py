@@ -1,1 +1,6 @@
+"""The fused operations. Each file is one operation: public function, definition, schemas, gradients."""
 
+from fastgan.ops.bn_act import bn_act
+from fastgan.ops.gan_bce import gan_bce, gan_bce_generator
+
+__all__ = ["bn_act", "gan_bce", "gan_bce_generator"]

@@ -1,0 +1,352 @@
+"""Which backend runs an operation, why, and how a backend plugs in.
+
+Backends: `eager` (PyTorch, the definition), `cpu` (C++), `triton`, `cuda` (C++/CUDA).
+
+**The contract.** A backend supplies *kernels*: plain functions named after the split operations below, with
+these argument lists. `triton` puts them in `kernels/STEM.py`; the C++ libraries register them as
+`torch.ops.fastgan_cpu.NAME` and `torch.ops.fastgan_cuda.NAME`, loaded on first use by
+`fastgan.library.load("cpu" | "cuda")`, which raises BackendError with the reason. Nothing else has to be
+registered; a missing kernel is a backend that cannot run that operation. Stem `bn_act`
+(y is [N, C] or [N, C, ...]; stat = fp32, or fp64 where y is fp64):
+
+    bn_stats(Tensor y) -> (Tensor mean, Tensor m2)
+    bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) -> Tensor z
+    bn_act_reduce(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope)
+        -> (Tensor grad_weight, Tensor grad_bias)
+    bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope,
+        Tensor? grad_weight, Tensor? grad_bias, int count) -> Tensor dy
+    update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, int count,
+        float momentum) -> ()                                      (optional: eager's stands in)
+
+and stem `gan_bce` (one of real and fake may be None; logits of any shape, not empty):
+
+    gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target)
+        -> (Tensor stats[4], Tensor grad_real, Tensor grad_fake)
+    stats = mean BCE(real), mean BCE(fake), mean sigmoid(real), mean sigmoid(fake); grad = d(mean
+    BCE)/d(logits); all in the stat dtype, grads shaped like the logits; an absent half has zeros and a grad
+    of 0 elements
+
+What the caller guarantees: every tensor is on one device; y is dense and not empty: `y.is_contiguous()` or
+(4-D) `y.is_contiguous(memory_format=torch.channels_last)`; dz has y's dtype and memory format; mean, invstd,
+weight, bias and the two sums are contiguous [C] in the stat dtype, never absent (ones and zeros stand in);
+logits are contiguous.
+What the kernel guarantees: z and dy are like `torch.empty_like(y)`, sums and statistics are [C] in the stat
+dtype; no synchronisation; the same bits every time; slope 0 is ReLU (-inf -> 0, NaN stays), slope 1 the
+identity; count = 0 in bn_act_backward means frozen statistics (dy = weight*invstd*g; the sums are None),
+else n = count.
+
+**The choice** is made at run time by `choose`, from the tensor: on CPU a kernel is taken where the committed
+table `measured_cpu.json` says that it is faster; on CUDA, Triton, and the first use of each kernel with a
+dtype and layout is compared with the definition on the real input: a kernel that misses is disabled by
+name, with a warning. `backend=`, `use_backend` and FASTGAN_BACKEND force a backend and raise
+BackendError where it cannot run.
+"""
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgan.errors import BackendError
+from fastgan.tolerance import misses
+
+BACKENDS = ("eager", "cpu", "triton", "cuda")
+_DEVICES: dict[str, tuple[str, ...] | None] = {
+    "eager": None,
+    "cpu": ("cpu",),
+    "triton": ("cuda",),
+    "cuda": ("cuda",),
+}
+_DTYPES = {
+    "eager": None,
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "triton": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+_PREFERRED_ON_CUDA = ("triton",)
+_OPTIONAL = frozenset({"update_running_stats"})
+
+Kernel = Callable[..., Any]
+operations: dict[str, dict[str, Kernel]] = {}
+_stem_of: dict[str, str] = {}
+_settle: dict[str, Callable[[str, tuple], tuple]] = {}
+
+
+class Decision(NamedTuple):
+    """The backend that an operation takes for one input, and why."""
+
+    backend: str
+    reason: str
+
+
+def define(
+    stem: str, kernels: dict[str, Kernel], settle: Callable[[str, tuple], tuple] | None = None
+) -> None:
+    """Declare the split operations of a stem with their eager definitions (called once by
+    `fastgan/ops/STEM.py`).
+
+    `settle(name, args)` returns arguments on which two right kernels must agree (no activation at its kink).
+    """
+    operations[stem] = kernels
+    _stem_of.update(dict.fromkeys(kernels, stem))
+    _settle[stem] = settle or (lambda _, args: args)
+
+
+# --- what a backend can run -----------------------------------------------------------------------
+
+
+@cache
+def kernel(backend: str, name: str) -> Kernel:
+    """The function of `backend` for the split operation `name`; BackendError says why there is none."""
+    stem = _stem_of[name]
+    if backend == "eager":
+        return operations[stem][name]
+    if backend == "triton":
+        if find_spec("triton") is None:
+            raise BackendError(
+                "backend 'triton': Triton is not installed; `pip install triton` (Linux, NVIDIA GPU)"
+            )
+        found = getattr(import_module(f"fastgan.kernels.{stem}"), name, None)
+    else:
+        library = import_module("fastgan.library") if find_spec("fastgan.library") else None
+        if library is None:
+            raise BackendError(f"backend '{backend}': this build of fastgan has no C++ extension")
+        library.load(backend)
+        packet = getattr(getattr(torch.ops, f"fastgan_{backend}"), name, None)
+        found = None if packet is None else packet.default
+    if found is None and name in _OPTIONAL:
+        return operations[stem][name]
+    if found is None:
+        raise BackendError(f"backend '{backend}' has no kernel for {name}")
+    return found
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(
+    backend: str, operation: str = "bn_act", device: str | None = None, dtype: Any = None
+) -> str | None:
+    """Why `backend` cannot run `operation` here (None: it can). Without a device: on any device of this
+    machine."""
+    if backend not in BACKENDS:
+        return f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}"
+    devices = _DEVICES[backend]
+    if backend == "triton" and _interpreted():
+        devices = ("cuda", "cpu")
+    if devices is not None and device not in (None, "meta", *devices):
+        hint = " (TRITON_INTERPRET=1 runs it, slowly, on CPU tensors)" if backend == "triton" else ""
+        return f"backend '{backend}' runs on {' or '.join(devices)} tensors, the input is on {device}{hint}"
+    if devices == ("cuda",) and device is None and not torch.cuda.is_available():
+        return f"backend '{backend}' needs a CUDA device, PyTorch {torch.__version__} finds none"
+    dtypes = _DTYPES[backend]
+    if dtypes is not None and dtype is not None and dtype not in dtypes:
+        return f"backend '{backend}' takes {', '.join(map(str, dtypes))}, the input is {dtype}"
+    try:
+        for name in operations.get(operation, ()):
+            kernel(backend, name)
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def available() -> dict[str, str | None]:
+    """Each backend with None where it can run on this machine, else the reason and what to do."""
+    import_module("fastgan.ops")
+    return {backend: why_not(backend) for backend in BACKENDS}
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+_forced: str | None = os.environ.get("FASTGAN_BACKEND") or None
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Force one backend for every operation in the block (the whole process, as autograd has threads of its
+    own).
+
+    Raises BackendError at once for an unknown name, and at the operation where the backend cannot run.
+    """
+    global _forced
+    if backend is not None and backend not in BACKENDS:
+        raise BackendError(why_not(backend))
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend that the call, `use_backend` or FASTGAN_BACKEND asks for, in this order; None: none of
+    them."""
+    return _forced if backend is None else backend
+
+
+def layout(tensor: Tensor) -> str:
+    """`channels_last`, `contiguous` or `strided`. [N, C] and [N, C, 1, 1] count as channels-last: C is
+    innermost."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return "contiguous" if tensor.shape[1] == 1 else "channels_last"
+    if tensor.is_contiguous():
+        return "channels_last" if tensor.dim() == 2 else "contiguous"
+    return "strided"
+
+
+@cache
+def _measured() -> dict[tuple, tuple[int, str, float]]:
+    """The committed table for this machine's vector instructions: what was measured faster than eager on
+    CPU."""
+    rows = json.loads((Path(__file__).parent / "measured_cpu.json").read_text())["rows"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    table: dict[tuple, tuple[int, str, float]] = {}
+    for row in rows:
+        if row["capability"] == capability and row["ratio"] > 1:
+            key = (row["operation"], row["dtype"], row["layout"], tuple(row["shape"][1:]))
+            old = table.get(key)
+            if old is None or row["shape"][0] < old[0]:
+                table[key] = (row["shape"][0], row["backend"], row["ratio"])
+    return table
+
+
+_decisions: dict[tuple, Decision] = {}
+_recorder: Callable[[str, Tensor, Decision], None] | None = None
+
+
+def choose(operation: str, tensor: Tensor, backend: str | None = None) -> str:
+    """The backend for `operation` (a stem) on `tensor`; `backend` forces one and raises BackendError if it
+    cannot run."""
+    key = (operation, backend, tensor.device.type, tensor.dtype, tensor.shape, tensor.stride())
+    decision = _decisions.get(key)
+    if decision is None:
+        if len(_decisions) > 4096:
+            _decisions.clear()
+        decision = _decisions[key] = decide(operation, tensor, backend)
+    if _recorder is not None:
+        _recorder(operation, tensor, decision)
+    return decision.backend
+
+
+def record(recorder: Callable[[str, Tensor, Decision], None] | None) -> None:
+    """Let `explain` see every choice as it is made (None: no more)."""
+    global _recorder
+    _recorder = recorder
+
+
+def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
+    device = tensor.device.type
+    if backend is not None:
+        reason = why_not(backend, operation, device, tensor.dtype)
+        if reason is not None:
+            raise BackendError(f"{operation}: {reason}")
+        return Decision(backend, "forced")
+    if device == "cpu":
+        key = (operation, str(tensor.dtype).removeprefix("torch."), layout(tensor), tuple(tensor.shape[1:]))
+        smallest, candidate, ratio = _measured().get(key, (0, "eager", 1.0))
+        if candidate == "eager":
+            return Decision("eager", "no kernel is measured faster than eager for this shape on CPU")
+        if tensor.shape[0] < smallest:
+            return Decision("eager", f"'{candidate}' is measured faster only from batch {smallest} on")
+        reason = why_not(candidate, operation, device, tensor.dtype)
+        if reason is None:
+            return Decision(candidate, f"measured {ratio:.2f} times as fast as eager for this shape")
+        return Decision("eager", reason)
+    reasons = []
+    for candidate in _PREFERRED_ON_CUDA if device == "cuda" else ():
+        reason = why_not(candidate, operation, device, tensor.dtype)
+        if reason is None:
+            return Decision(
+                candidate, "first choice on CUDA; each kernel is compared with the definition at first use"
+            )
+        reasons.append(reason)
+    return Decision("eager", "; ".join(reasons) or f"no other backend runs on {device} tensors")
+
+
+# --- running a kernel, and trusting it ------------------------------------------------------------
+
+_counts: Counter[tuple[str, str]] = Counter()
+_verdicts: dict[tuple, str | None] = {}
+_VERIFIED_ON_FIRST_USE = {"cuda"}
+_VERIFY_ELEMENTS = 1 << 24
+
+
+def counts() -> dict[tuple[str, str], int]:
+    """How often each kernel ran in this process: {(backend, kernel): times}."""
+    return dict(_counts)
+
+
+def reset_counts() -> None:
+    _counts.clear()
+
+
+def count(backend: str, name: str) -> None:
+    """Note one run of `name` by `backend`; `run` does it for kernels, the operations for their eager
+    definitions."""
+    _counts[backend, name] += 1
+
+
+def run(backend: str, name: str, *args: Any) -> Any:
+    """Run the split operation `name` by `backend`, after comparing the kernel with the definition at its
+    first use."""
+    first = args[0] if isinstance(args[0], Tensor) else args[1]
+    if backend != "eager" and first.device.type in _VERIFIED_ON_FIRST_USE:
+        key = (backend, name, first.dtype, layout(first), first.device)
+        verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
+        if verdict is not None:
+            backend = "eager"
+    count(backend, name)
+    return kernel(backend, name)(*args)
+
+
+def _verify(key: tuple, args: tuple) -> str | None:
+    """Compare a kernel with the definition on the real arguments; None if it agrees, else why it is
+    disabled."""
+    backend, name, dtype, how, device = key
+    if name in _OPTIONAL:
+        return None
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "not compared yet: a comparison needs the host, and a CUDA graph is being captured"
+    few = _settle[_stem_of[name]](name, _few(args))
+    eager = kernel("eager", name)
+    try:
+        got = kernel(backend, name)(*few)
+        # Four times the tests' factor: the sums of a handful of channels may be unlucky, and a wrong kernel
+        # is far off.
+        reason = misses(got, eager(*few), eager(*[_to_fp64(a) for a in few]), factor=8)
+    except Exception as error:  # whatever a kernel raises, training goes on by the definition
+        reason = f"{type(error).__name__}: {error}"
+    _verdicts[key] = reason
+    if reason is not None:
+        warnings.warn(
+            f"fastgan: kernel {name} of backend '{backend}' is disabled for {dtype}, {how}, {device}: "
+            f"{reason}. The eager definition runs instead; please report this.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason
+
+
+def _to_fp64(arg: Any) -> Any:
+    return arg.double() if isinstance(arg, Tensor) else arg
+
+
+def _few(args: tuple) -> tuple:
+    """The same arguments with the batch cut so that a comparison in fp64 stays within a few milliseconds
+    and MB."""
+    largest = max((a for a in args if isinstance(a, Tensor)), key=lambda a: a.numel())
+    if largest.dim() < 2 or largest.numel() <= _VERIFY_ELEMENTS:
+        return args
+    keep = max(1, _VERIFY_ELEMENTS * largest.shape[0] // largest.numel())
+    return tuple(a[:keep] if isinstance(a, Tensor) and a.shape == largest.shape else a for a in args)

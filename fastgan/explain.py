@@ -1,0 +1,78 @@
+"""`explain`: which backend each layer takes for an input, and why."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgan import backends
+from fastgan.backends import Decision
+from fastgan.errors import BackendError
+
+
+class Layer(NamedTuple):
+    """One fused operation that a module ran: the module's name, the input it met, and who ran it."""
+
+    name: str
+    operation: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str
+    decision: Decision
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        head = f"{self.name or '(itself)'}: {self.operation} {shape} {self.dtype} {self.layout}"
+        return f"{head} -> {self.decision.backend} ({self.decision.reason})"
+
+
+def explain(
+    module_or_operation: torch.nn.Module | str, input: Tensor, backend: str | None = None
+) -> list[Layer]:
+    """Which backend each fused operation takes for `input`, and why: `print(*explain(net, x), sep="\\n")`.
+
+    Args:
+        module_or_operation: a module, of which a deep copy is run once without gradients, or an operation's
+            name.
+        input: the tensor it would be given, with the device, dtype and layout that matter.
+        backend: as in the operations.
+
+    Raises:
+        BackendError: the forced backend cannot run, or the operation is unknown.
+    """
+    import_module("fastgan.ops")
+    layers: list[Layer] = []
+    names = [""]
+
+    def note(operation: str, tensor: Tensor, decision: Decision) -> None:
+        layout = backends.layout(tensor)
+        layers.append(Layer(names[-1], operation, tuple(tensor.shape), tensor.dtype, layout, decision))
+
+    if isinstance(module_or_operation, str):
+        if module_or_operation not in backends.operations:
+            known = ", ".join(backends.operations)
+            raise BackendError(f"unknown operation {module_or_operation!r}; known: {known}")
+        wanted = backends.requested(backend)
+        note(module_or_operation, input, backends.decide(module_or_operation, input, wanted))
+        return layers
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: names.append(name)
+
+    def leave(*_: Any) -> None:
+        names.pop()
+
+    module = deepcopy(module_or_operation)
+    for name, child in module.named_modules():
+        child.register_forward_pre_hook(enter(name))
+        child.register_forward_hook(leave)
+    backends.record(note)
+    try:
+        with torch.no_grad(), backends.use_backend(backends.requested(backend)):
+            module(input)
+    finally:
+        backends.record(None)
+    return layers

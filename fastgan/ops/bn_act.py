@@ -1,0 +1,359 @@
+"""bn_act: BatchNorm and LeakyReLU in one operation. The public function, its definition, its schemas and
+gradients.
+
+With n values per channel, mean and biased variance over them, r = 1/sqrt(var + eps) and s = weight * r:
+
+    v = s*(y - mean) + bias        z = v if v > 0 else slope*v
+    g = dz * phi'(v)               grad_bias = sum(g)      grad_weight = r * sum(g*(y - mean))
+    dy = s*g - (s*r*grad_weight/n)*(y - mean) - s*grad_bias/n          (frozen statistics: dy = s*g)
+
+The split operations (`bn_stats`, `bn_act`, `bn_act_reduce`, `bn_act_backward`) are what a backend supplies
+(`fastgan.backends`). Autograd belongs to `bn_act_train` and `bn_act_eval`, which are made of them; a second
+derivative is taken through the definition. Ioffe and Szegedy, "Batch Normalization", 2015.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgan.backends import choose, count, requested, run
+from fastgan.ops._library import below_autograd, gradient_of_gradient, register
+from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
+
+
+def bn_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+    backend: str | None = None,
+) -> Tensor:
+    """BatchNorm followed by LeakyReLU, `leaky_relu(batch_norm(input, ...), negative_slope)`.
+
+    Args:
+        input: `[N, C]` or `[N, C, ...]`, fp32, fp16, bf16 or fp64; dense contiguous or channels-last, else
+            it is copied once to channels-last (4-D) or contiguous.
+        running_mean, running_var: `[C]`, updated in place in training (`running_var` with the unbiased
+            variance) unless None; what normalises in eval, where they are required.
+        weight, bias: `[C]` or None (1 and 0); fp32 beside an fp16 or bf16 input is what autocast gives.
+        training: normalise by the batch's own statistics.
+        momentum: weight of the batch in the running statistics, in [0, 1].
+        eps: added to the variance.
+        negative_slope: 0 is ReLU, 1 the identity.
+        backend: None (the best that is proved), "eager", "cpu", "triton" or "cuda".
+
+    Returns:
+        A tensor like `input`. Differentiable any number of times by input, weight and bias; the first time
+        by the backend's kernels, then through the definition. Kept for backward: input and O(C).
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or there is one value per channel in training.
+        BackendError: the backend that was asked for cannot run.
+    """
+    _check(input, running_mean, running_var, weight, bias, training)
+    backend = requested(backend)
+    if backend == "eager" or input.numel() == 0:
+        return _definition(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
+        )
+    if not torch.compiler.is_compiling() and choose("bn_act", input, backend) == "eager":
+        return _definition(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
+        )
+    input = dense(input)
+    if not training:
+        return torch.ops.fastgan.bn_act_eval(
+            input, weight, bias, running_mean, running_var, eps, negative_slope, backend
+        )
+    z, mean, var = torch.ops.fastgan.bn_act_train(input, weight, bias, eps, negative_slope, backend)
+    if running_mean is not None:
+        n = input.numel() // input.shape[1]
+        torch.ops.fastgan.update_running_stats(running_mean, running_var, mean, var, n, momentum, backend)
+    return z
+
+
+def _definition(input, running_mean, running_var, weight, bias, training, momentum, eps, slope) -> Tensor:
+    """The operation in plain PyTorch: what every kernel is checked against. In place, as a careful user
+    would."""
+    count("eager", "bn_act")
+    v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activation(v, slope)
+
+
+def _check(input, running_mean, running_var, weight, bias, training) -> None:
+    if input.dim() < 2 or not input.is_floating_point():
+        raise ValueError(
+            f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}"
+        )
+    channels = input.shape[1]
+    for name, value in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if value is None:
+            continue
+        if value.dim() != 1 or value.shape[0] != channels:
+            raise ValueError(f"bn_act: {name} must have shape [C] = [{channels}], got {list(value.shape)}")
+        if value.device != input.device:
+            raise ValueError(f"bn_act: {name} is on {value.device}, input on {input.device}")
+        if value.dtype != input.dtype and (
+            value.dtype != torch.float32 or input.dtype not in (torch.float16, torch.bfloat16)
+        ):
+            raise ValueError(
+                f"bn_act: {name} must be {input.dtype} or, beside a half input, float32; got {value.dtype}"
+            )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("bn_act: running_mean and running_var go together, got one of them")
+    if training:
+        if input.numel() == channels:
+            raise ValueError(
+                f"bn_act: expected more than 1 value per channel in training, got input {list(input.shape)}"
+            )
+    elif running_mean is None:
+        raise ValueError("bn_act: running_mean and running_var are required when training=False")
+
+
+def _parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    channels, dtype = input.shape[1], stat_dtype(input)
+    ones = input.new_ones(channels, dtype=dtype) if weight is None else weight.detach().to(dtype).contiguous()
+    zeros = input.new_zeros(channels, dtype=dtype) if bias is None else bias.detach().to(dtype).contiguous()
+    return ones, zeros
+
+
+def _statistics(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation in the stat dtype; 0 and 1 where a block has no BatchNorm."""
+    dtype = stat_dtype(input)
+    if mean is None or var is None:
+        return input.new_zeros(input.shape[1], dtype=dtype), input.new_ones(input.shape[1], dtype=dtype)
+    return mean.to(dtype).contiguous(), torch.rsqrt(var.to(dtype) + eps).contiguous()
+
+
+# --- fastgan::bn_act_train and bn_act_eval, and their gradient ------------------------------------
+
+
+def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, backend):
+    input = dense(input)
+    name = choose("bn_act", input, backend)
+    mean, m2 = run(name, "bn_stats", input)
+    var = m2 / (input.numel() // input.shape[1])
+    z = run(
+        name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope
+    )
+    return z, mean, var
+
+
+def _train_fake(input, weight, bias, eps, slope, backend):
+    stat = input.new_empty(input.shape[1], dtype=stat_dtype(input))
+    return torch.empty_like(dense(input)), stat, torch.empty_like(stat)
+
+
+def _eval(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend
+):
+    input = dense(input)
+    name = choose("bn_act", input, backend)
+    return run(
+        name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope
+    )
+
+
+def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
+    return torch.empty_like(dense(input))
+
+
+def _grad(
+    dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    input = dense(input)
+    dz = like(dz, input)
+    name = choose("bn_act", input, backend)
+    args = (dz, input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    sums = run(name, "bn_act_reduce", *args) if training or needs_affine else (None, None)
+    if not needs_input:
+        dy = input.new_empty(0)
+    elif training:
+        dy = run(name, "bn_act_backward", *args, *sums, input.numel() // input.shape[1])
+    else:
+        dy = run(name, "bn_act_backward", *args, None, None, 0)
+    grad_weight, grad_bias = (
+        input.new_empty(0) if value is None or not needs_affine else total.to(value.dtype, copy=False)
+        for value, total in zip((weight, bias), sums, strict=True)
+    )
+    return dy, grad_weight, grad_bias
+
+
+def _grad_fake(dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend):
+    grads = [
+        input.new_empty(0) if value is None or not needs_affine else value.new_empty(value.shape)
+        for value in (weight, bias)
+    ]
+    return torch.empty_like(dense(input)) if needs_input else input.new_empty(0), *grads
+
+
+def _first_gradient(
+    ctx, dz: Tensor | None, training: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if dz is None:
+        return None, None, None
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dy, grad_weight, grad_bias = torch.ops.fastgan.bn_act_grad(
+        dz, *ctx.saved_tensors, *ctx.constants, training, needs_input, needs_weight or needs_bias, ctx.backend
+    )
+    return (
+        dy if needs_input else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+    )
+
+
+class _Train(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, eps, slope, backend):
+        z, mean, var = below_autograd(
+            torch.ops.fastgan.bn_act_train.default, input, weight, bias, eps, slope, backend
+        )
+        ctx.save_for_backward(input, weight, bias, mean, var)
+        ctx.constants, ctx.backend = (eps, slope), backend
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return z, mean, var
+
+    @staticmethod
+    def backward(ctx, dz, _mean, _var):
+        return *_first_gradient(ctx, dz, training=True), None, None, None
+
+
+class _Eval(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, mean, var, eps, slope, backend):
+        z = below_autograd(
+            torch.ops.fastgan.bn_act_eval.default, input, weight, bias, mean, var, eps, slope, backend
+        )
+        ctx.save_for_backward(input, weight, bias, mean, var)
+        ctx.constants, ctx.backend = (eps, slope), backend
+        ctx.set_materialize_grads(False)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        return *_first_gradient(ctx, dz, training=False), None, None, None, None, None
+
+
+class _Grad(torch.autograd.Function):
+    """The gradient operation; its own gradient goes through the definition, and so does every higher one."""
+
+    @staticmethod
+    def forward(
+        ctx, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend
+    ):
+        ctx.save_for_backward(dz, input, weight, bias, mean, var)
+        ctx.constants = (eps, slope, training, needs_input, needs_affine)
+        ctx.set_materialize_grads(False)
+        return below_autograd(
+            torch.ops.fastgan.bn_act_grad.default,
+            dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        *given, mean, var = ctx.saved_tensors
+        eps, slope, training, needs_input, needs_affine = ctx.constants
+
+        def definition(y, weight, bias):
+            by = (mean, var)
+            if training:
+                by = stats(y)
+                by = (by[0], by[1] / (y.numel() // y.shape[1]))
+            ones, zeros = _parameters(y, None, None)
+            gamma, beta = ones if weight is None else weight, zeros if bias is None else bias
+            return apply(y, *_statistics(y, *by, eps), gamma, beta, slope)
+
+        needed = (needs_input, needs_affine, needs_affine)
+        asked = [c if need else None for c, need in zip(cotangents, needed, strict=True)]
+        dtype = stat_dtype(given[1])
+        return *gradient_of_gradient(definition, given, asked, ctx.needs_input_grad[:4], dtype), *[None] * 8
+
+
+_FORWARD = "Tensor input, Tensor? weight, Tensor? bias"
+_LAST = "float eps, float negative_slope"
+register(
+    f"bn_act_train({_FORWARD}, {_LAST}, str? backend) -> (Tensor, Tensor, Tensor)",
+    _train,
+    _train_fake,
+    _Train,
+)
+register(
+    f"bn_act_eval({_FORWARD}, Tensor? mean, Tensor? var, {_LAST}, str? backend) -> Tensor",
+    _eval,
+    _eval_fake,
+    _Eval,
+)
+register(
+    f"bn_act_grad(Tensor grad_output, {_FORWARD}, Tensor? mean, Tensor? var, {_LAST}, bool training, "
+    "bool needs_input, bool needs_affine, str? backend) -> (Tensor, Tensor, Tensor)",
+    _grad,
+    _grad_fake,
+    _Grad,
+)
+
+
+# --- the split operations, for synchronised statistics: not differentiable ------------------------
+
+
+def _split(name: str):
+    def implementation(*given):
+        *args, backend = given
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        y = tensors[1] if name in ("bn_act_reduce", "bn_act_backward") else tensors[0]
+        return run(choose("bn_act", y, backend), name, *args)
+
+    return implementation
+
+
+def _update(running_mean, running_var, mean, var, n, momentum, backend):
+    name = choose("bn_act", mean, backend) if backend is not None else "eager"
+    run(name, "update_running_stats", running_mean, running_var, mean, var, n, momentum)
+    if name != "eager":
+        torch.autograd.graph.increment_version((running_mean, running_var))
+
+
+def _two_stats(y):
+    return tuple(y.new_empty(y.shape[1], dtype=stat_dtype(y)) for _ in range(2))
+
+
+_PER_CHANNEL = "Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float negative_slope"
+register(
+    "bn_stats(Tensor input, str? backend) -> (Tensor, Tensor)",
+    _split("bn_stats"),
+    lambda y, *_: _two_stats(y),
+)
+register(
+    f"bn_act(Tensor input, {_PER_CHANNEL}, str? backend) -> Tensor",
+    _split("bn_act"),
+    lambda y, *_: torch.empty_like(y),
+)
+register(
+    f"bn_act_reduce(Tensor grad_output, Tensor input, {_PER_CHANNEL}, str? backend) -> (Tensor, Tensor)",
+    _split("bn_act_reduce"),
+    lambda dz, y, *_: _two_stats(y),
+)
+register(
+    f"bn_act_backward(Tensor grad_output, Tensor input, {_PER_CHANNEL}, Tensor? grad_weight, "
+    "Tensor? grad_bias, SymInt count, str? backend) -> Tensor",
+    _split("bn_act_backward"),
+    lambda dz, y, *_: torch.empty_like(y),
+)
+register(
+    "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, "
+    "SymInt count, float momentum, str? backend) -> ()",
+    _update,
+    lambda *_: None,
+)

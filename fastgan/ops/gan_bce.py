@@ -1,0 +1,225 @@
+"""gan_bce: the binary cross-entropy losses of a GAN from logits, with D(x) and D(G(z)), in one pass.
+ With p = sigmoid(x) and target t, the mean over a batch of -t*log(p) - (1-t)*log(1-p) and its gradient (p -
+t)/n. With targets 1 and 0 the two halves add up to -V(D, G) of Goodfellow et al., "Generative Adversarial
+Nets", 2014, which the discriminator minimises. Computed from logits in fp32 (fp64 for fp64), so that logits
+of +-100 are harmless; autocast does not change that.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgan.backends import choose, count, define, requested, run
+from fastgan.ops._library import below_autograd, gradient_of_gradient, register
+
+
+def gan_bce(
+    real_logits: Tensor | None,
+    fake_logits: Tensor | None,
+    *,
+    real_target: float = 1.0,
+    fake_target: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Both halves of the discriminator's loss, and what it believes.
+
+    Args:
+        real_logits, fake_logits: D's outputs before the sigmoid, of any shape; fp32, fp16, bf16 or fp64. One
+            of them may be None.
+        real_target, fake_target: in [0, 1]; 0.9 and 0 is one-sided label smoothing.
+        backend: None (the best that is proved), "eager", "cpu", "triton" or "cuda".
+
+    Returns:
+        loss_real, loss_fake, D(x), D(G(z)): scalars in fp32 (fp64 for fp64 logits); D(x) and D(G(z)), the
+        means of the sigmoids, are detached. None for an absent half. The losses are differentiable any number
+        of times.
+        Kept for backward: the logits and one fp32 number for each.
+
+    Raises:
+        ValueError: both halves are None, or they differ in dtype or device.
+        BackendError: the backend that was asked for cannot run.
+    """
+    first = real_logits if real_logits is not None else fake_logits
+    if first is None:
+        raise ValueError("gan_bce: expected real_logits, fake_logits or both, got None and None")
+    if fake_logits is not None and (fake_logits.dtype != first.dtype or fake_logits.device != first.device):
+        raise ValueError(
+            f"gan_bce: real_logits are {first.dtype} on {first.device}, "
+            f"fake_logits {fake_logits.dtype} on {fake_logits.device}; expected the same"
+        )
+    backend = requested(backend)
+    by_definition = backend == "eager" or 0 in (
+        first.numel(),
+        1 if fake_logits is None else fake_logits.numel(),
+    )
+    if not by_definition and not torch.compiler.is_compiling():
+        by_definition = choose("gan_bce", first, backend) == "eager"
+    if by_definition:
+        count("eager", "gan_bce")
+        stats = _definition(real_logits, fake_logits, real_target, fake_target)
+    else:
+        real = None if real_logits is None else real_logits.contiguous()
+        fake = None if fake_logits is None else fake_logits.contiguous()
+        stats = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)[0]
+    loss_real, loss_fake, d_real, d_fake = stats.unbind()
+    real_half = (None, None) if real_logits is None else (loss_real, d_real.detach())
+    fake_half = (None, None) if fake_logits is None else (loss_fake, d_fake.detach())
+    return real_half[0], fake_half[0], real_half[1], fake_half[1]
+
+
+def gan_bce_generator(
+    fake_logits: Tensor, *, saturating: bool = False, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The generator's loss: -log D(G(z)), or with `saturating` the minimax log(1 - D(G(z))), which it
+    minimises.
+
+    Both are the fake half of `gan_bce`: with target 1, or the negative of that with target 0.
+
+    Args, errors: as in `gan_bce`.
+
+    Returns:
+        loss and D(G(z)) (detached): scalars in fp32 (fp64 for fp64 logits).
+    """
+    target = 0.0 if saturating else 1.0
+    _, loss, _, d_fake = gan_bce(None, fake_logits, fake_target=target, backend=backend)
+    assert loss is not None
+    assert d_fake is not None
+    return (-loss if saturating else loss), d_fake
+
+
+def _stat_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _some(real: Tensor | None, fake: Tensor | None) -> Tensor:
+    some = fake if real is None else real
+    assert some is not None
+    return some
+
+
+def _definition(real: Tensor | None, fake: Tensor | None, real_target: float, fake_target: float) -> Tensor:
+    """[loss_real, loss_fake, D(x), D(G(z))] in plain PyTorch; zeros for an absent half."""
+    halves = []
+    for logits, target in ((real, real_target), (fake, fake_target)):
+        if logits is None:
+            some = _some(real, fake)
+            zero = some.new_zeros((), dtype=_stat_dtype(some))
+            halves.append((zero, zero))
+        else:
+            x = logits.to(_stat_dtype(logits))
+            loss = F.binary_cross_entropy_with_logits(x, torch.full_like(x, target))
+            halves.append((loss, x.detach().sigmoid().mean()))
+    return torch.stack([loss for loss, _ in halves] + [mean for _, mean in halves])
+
+
+def _eager(real: Tensor | None, fake: Tensor | None, real_target: float, fake_target: float):
+    grads = []
+    for x, target in ((real, real_target), (fake, fake_target)):
+        if x is None:
+            some = _some(real, fake)
+            grads.append(some.new_empty(0, dtype=_stat_dtype(some)))
+        else:
+            grads.append((x.to(_stat_dtype(x)).sigmoid() - target) / x.numel())
+    return _definition(real, fake, real_target, fake_target), *grads
+
+
+define("gan_bce", {"gan_bce": _eager})
+
+
+# --- fastgan::gan_bce and its gradient ------------------------------------------------------------
+
+
+def _forward(real, fake, real_target, fake_target, backend):
+    name = choose("gan_bce", _some(real, fake), backend)
+    return run(name, "gan_bce", real, fake, real_target, fake_target)
+
+
+def _forward_fake(real, fake, real_target, fake_target, backend):
+    first = _some(real, fake)
+    dtype = _stat_dtype(first)
+    grads = (
+        first.new_empty(0, dtype=dtype) if x is None else torch.empty_like(x, dtype=dtype)
+        for x in (real, fake)
+    )
+    return first.new_empty(4, dtype=dtype), *grads
+
+
+def _backward(dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
+    """The stored gradients times the losses' cotangents, in the logits' dtype."""
+    halves = ((real, grad_real, dstats[0]), (fake, grad_fake, dstats[1]))
+    return tuple(g.new_empty(0) if x is None else (d * g).to(x.dtype) for x, g, d in halves)
+
+
+def _backward_fake(dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
+    halves = ((real, grad_real), (fake, grad_fake))
+    return tuple(g.new_empty(0) if x is None else torch.empty_like(x) for x, g in halves)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, real, fake, real_target, fake_target, backend):
+        stats, grad_real, grad_fake = below_autograd(
+            torch.ops.fastgan.gan_bce.default, real, fake, real_target, fake_target, backend
+        )
+        ctx.save_for_backward(grad_real, grad_fake, real, fake)
+        ctx.targets = real_target, fake_target
+        ctx.mark_non_differentiable(grad_real, grad_fake)
+        ctx.set_materialize_grads(False)
+        return stats, grad_real, grad_fake
+
+    @staticmethod
+    def backward(ctx, dstats, _real, _fake):
+        if dstats is None:
+            return (None,) * 5
+        grads = torch.ops.fastgan.gan_bce_grad(dstats, *ctx.saved_tensors, *ctx.targets)
+        return (
+            *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True)),
+            None,
+            None,
+            None,
+        )
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
+        ctx.save_for_backward(dstats, real, fake)
+        ctx.targets = real_target, fake_target
+        ctx.set_materialize_grads(False)
+        return below_autograd(
+            torch.ops.fastgan.gan_bce_grad.default,
+            dstats,
+            grad_real,
+            grad_fake,
+            real,
+            fake,
+            real_target,
+            fake_target,
+        )
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        dstats, real, fake = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+
+        def definition(real, fake):
+            return _definition(real, fake, *ctx.targets)
+
+        d, r, f = gradient_of_gradient(definition, (dstats, real, fake), cotangents, wanted, dstats.dtype)
+        return d, None, None, r, f, None, None
+
+
+register(
+    "gan_bce(Tensor? real_logits, Tensor? fake_logits, float real_target, float fake_target, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _Forward,
+)
+register(
+    "gan_bce_grad(Tensor grad_stats, Tensor grad_real, Tensor grad_fake, Tensor? real_logits, "
+    "Tensor? fake_logits, float real_target, float fake_target) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _Backward,
+)
