@@ -90,7 +90,7 @@ def report(library, error):
 setup(
     packages=[*find_packages(include=["fastgan*"]), "fastgan.kernels", "fastgan.csrc"],
     package_dir={"fastgan": "fastgan", "fastgan.kernels": "kernels", "fastgan.csrc": "csrc"},
-    package_data={"fastgan": ["data/digits/*"], "fastgan.csrc": ["**/*"]},
+    package_data={"fastgan": ["data/digits/*", "measured_cpu.json"], "fastgan.csrc": ["**/*"]},
     # Named so that setuptools knows the package is not pure Python; BuildLibraries knows the sources.
     ext_modules=[Extension("fastgan.libraries", sources=[])],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},

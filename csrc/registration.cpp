@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
         "Tensor? grad_weight, Tensor? grad_bias, int count) -> Tensor");
   m.def("block_constants(Tensor sums, int count, Tensor? weight, Tensor? bias, float eps, Tensor(a!)? running_mean, "
         "Tensor(b!)? running_var, float momentum) -> Tensor");
+  m.def("block_apply(Tensor y, Tensor constants, float slope) -> Tensor");
+  m.def("block_reduce(Tensor dz, Tensor y, Tensor constants, float slope) -> Tensor");
+  m.def("block_backward(Tensor dz, Tensor y, Tensor? constants, Tensor? gradient_constants, float slope) -> Tensor");
   m.def("block_gradient_constants(Tensor sums, Tensor constants, int count) -> (Tensor, Tensor)");
 }
 
@@ -32,6 +35,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
   m.impl("weight_gradient", TORCH_BOX(&fastgan::cpu::weight_gradient));
   m.impl("block_constants", TORCH_BOX(&fastgan::cpu::block_constants));
   m.impl("block_gradient_constants", TORCH_BOX(&fastgan::cpu::block_gradient_constants));
+  m.impl("block_apply", TORCH_BOX(&fastgan::cpu::block_apply));
+  m.impl("block_reduce", TORCH_BOX(&fastgan::cpu::block_reduce));
+  m.impl("block_backward", TORCH_BOX(&fastgan::cpu::block_backward));
   m.impl("bn_stats", TORCH_BOX(&fastgan::cpu::bn_stats));
   m.impl("bn_act", TORCH_BOX(&fastgan::cpu::bn_act));
   m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cpu::bn_act_reduce));

@@ -1,6 +1,6 @@
 #include "cpu/bn_act.h"
 
-#include <cmath>
+#include <algorithm>
 
 #include "cpu/operators.h"
 #include "cpu/tensors.h"
@@ -125,6 +125,55 @@ Tensor bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor w
                           grad_bias ? &*grad_bias : nullptr, count);
   Tensor dy = torch::stable::empty_like(y);
   p.constants = rows.const_data_ptr(), p.slope = slope, p.out = dy.mutable_data_ptr();
+  FASTGAN_PROVED(run_bn_act(p));
+  return dy;
+}
+
+// The same passes for a block that has its constants already (block_constants.cpp).
+
+Tensor block_apply(Tensor y, Tensor constants, double slope) {
+  BnAct p = problem("block_apply", BnActStep::apply, y);
+  check("block_apply", "constants", constants, {4, p.C}, false, stat_type(y));
+  Tensor z = torch::stable::empty_like(y);
+  p.constants = constants.const_data_ptr(), p.slope = slope, p.out = z.mutable_data_ptr();
+  FASTGAN_PROVED(run_bn_act(p));
+  return z;
+}
+
+Tensor block_reduce(Tensor dz, Tensor y, Tensor constants, double slope) {
+  BnAct p = problem("block_reduce", BnActStep::reduce, y);
+  add_gradient("block_reduce", p, dz, y);
+  check("block_reduce", "constants", constants, {4, p.C}, false, stat_type(y));
+  Tensor out = torch::stable::new_empty(constants, {2, p.C});
+  p.constants = constants.const_data_ptr(), p.slope = slope, p.out = out.mutable_data_ptr();
+  FASTGAN_PROVED(run_bn_act(p));
+  return out;
+}
+
+// A*g + B*(y - mu) + C with g = dz*phi'(v); without gradient_constants g itself, without constants g = dz.
+Tensor block_backward(Tensor dz, Tensor y, std::optional<Tensor> constants, std::optional<Tensor> gradient_constants,
+                      double slope) {
+  const char* op = "block_backward";
+  BnAct p = problem(op, BnActStep::backward, y);
+  add_gradient(op, p, dz, y);
+  STD_TORCH_CHECK(constants || gradient_constants, op, ": expected constants, gradient_constants or both");
+  if (constants) check(op, "constants", *constants, {4, p.C}, false, stat_type(y));
+  if (gradient_constants) check(op, "gradient_constants", *gradient_constants, {4, p.C}, false, stat_type(y));
+  Tensor rows = torch::stable::new_zeros(constants ? *constants : *gradient_constants, {6, p.C});
+  auto fill = [&]<class T>(T* out) {
+    if (constants) std::copy_n(static_cast<const T*>(constants->const_data_ptr()), 3 * p.C, out);
+    if (!gradient_constants) return (void)std::fill_n(out + 3 * p.C, p.C, T(1));
+    auto by = static_cast<const T*>(gradient_constants->const_data_ptr());
+    std::copy_n(by, 3 * p.C, out + 3 * p.C);
+    std::copy_n(by + 3 * p.C, p.C, out);
+  };
+  if (stat_type(y) == ScalarType::Double) {
+    fill(static_cast<double*>(rows.mutable_data_ptr()));
+  } else {
+    fill(static_cast<float*>(rows.mutable_data_ptr()));
+  }
+  Tensor dy = torch::stable::empty_like(y);
+  p.constants = rows.const_data_ptr(), p.slope = constants ? slope : 1, p.out = dy.mutable_data_ptr();
   FASTGAN_PROVED(run_bn_act(p));
   return dy;
 }

@@ -48,5 +48,11 @@ torch::stable::Tensor block_constants(torch::stable::Tensor sums, int64_t count,
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> block_gradient_constants(torch::stable::Tensor sums,
                                                                                  torch::stable::Tensor constants,
                                                                                  int64_t count);
+torch::stable::Tensor block_apply(torch::stable::Tensor y, torch::stable::Tensor constants, double slope);
+torch::stable::Tensor block_reduce(torch::stable::Tensor dz, torch::stable::Tensor y, torch::stable::Tensor constants,
+                                   double slope);
+torch::stable::Tensor block_backward(torch::stable::Tensor dz, torch::stable::Tensor y,
+                                     std::optional<torch::stable::Tensor> constants,
+                                     std::optional<torch::stable::Tensor> gradient_constants, double slope);
 
 }  // namespace fastgan::cpu
