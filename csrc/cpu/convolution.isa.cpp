@@ -14,20 +14,24 @@ int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size) {
   return std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
 }
 
-// product [points][out_panels][rows][panel] = operand [points][in_panels][rows][panel] * weight [points][out_panels][depth][panel]
-template <class T>
-void multiply_points(int points, const T* operand, int64_t in_panels, const T* weight, int64_t out_panels, int64_t rows,
-                     int64_t run, T* product) {
-  constexpr int64_t together = 4;  // panels of the result that share one pass over the operand
-  int64_t depth = in_panels * panel<T>, groups = (out_panels + together - 1) / together;
-  parallel(points * groups, [&](int64_t task) {
-    int64_t point = task / groups, first = task % groups * together, last = std::min(first + together, out_panels);
-    const T* a = operand + point * in_panels * rows * panel<T>;
-    for (int64_t k = 0; k < depth; k += run) {
-      for (int64_t o = first; o < last; o++) {
-        multiply_rows(a + k * rows, rows * panel<T>, weight + ((point * out_panels + o) * depth + k) * panel<T>,
-                      std::min(run, depth - k), product + (point * out_panels + o) * rows * panel<T>, rows,
-                      k > 0);
+// product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each. The transformed weight
+// never exists as a whole, for deep layers it would be 30 MB: panel_of(o, u) makes one output panel's [points][depth][panel]
+// in the cache of the thread that multiplies by it.
+template <class T, class F>
+void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run, T* product,
+                     const F& panel_of) {
+  int64_t depth = in_panels * panel<T>;
+  int64_t cuts = std::clamp<int64_t>(8 / out_panels, 1, rows / 64 + 1), share = (rows + cuts - 1) / cuts;
+  parallel(out_panels * cuts, [&](int64_t task) {
+    int64_t o = task / cuts, first = task % cuts * share, count = std::min(share, rows - first);
+    T* u = scratch<T>(Scratch::weight, points * (depth + 1) * panel<T>);
+    panel_of(o, u);
+    for (int point = 0; point < points; point++) {
+      const T* a = operand + (point * in_panels * stride + first) * panel<T>;
+      T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
+      for (int64_t k = 0; k < depth; k += run) {
+        multiply_rows(a + k * stride, stride * panel<T>, u + (point * (depth + 1) + k) * panel<T>, std::min(run, depth - k), c,
+                      count, k > 0);
       }
     }
   });
@@ -67,22 +71,20 @@ void to_small(const Sizes& s, const OperandView& large, const T* weight, const R
   Source<T> source = source_of<T>(large);
   Output<T> output(result, s.N, s.H, s.W, s.K);
   int64_t in = Scheme::phases * scheme.groups, out = scheme.small_panels, tiles = scheme.tiles();
-  T* u = scratch<T>(Scratch::weight, Scheme::points * out * in * panel<T> * panel<T>);
-  parallel(out, [&](int64_t kp) { scheme.weight_to_small(weight, kp, u); });
   int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (in + out), sizeof(T));
-  T* v = scratch<T>(Scratch::large, step * tiles * per_tile * in);
-  T* m = scratch<T>(Scratch::small, step * tiles * per_tile * out);
+  T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * in);
+  T* m = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * out);
   for (int64_t first = 0; first < s.N; first += step) {
-    int64_t count = std::min(step, s.N - first), rows = count * tiles;
+    int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
     parallel(count, [&](int64_t i) {
       T* image = scratch<T>(Scratch::image, scheme.large.size());
       read_image(source, first + i, s.LH, s.LW, s.C, scheme.large, image);
-      scheme.large_to_operand(image, v + i * tiles * panel<T>, rows);
+      scheme.large_to_operand(image, v + i * tiles * panel<T>, stride);
     });
-    multiply_points(Scheme::points, v, in, u, out, rows, run_length, m);
+    multiply_points(Scheme::points, v, in, out, rows, stride, run_length, m, [&](int64_t o, T* u) { scheme.weight_to_small(weight, o, u); });
     parallel(count, [&](int64_t i) {
       T* image = scratch<T>(Scratch::image, scheme.small.size());
-      scheme.operand_to_small(m + i * tiles * panel<T>, image, rows);
+      scheme.operand_to_small(m + i * tiles * panel<T>, image, stride);
       write_image(output.sink, first + i, s.H, s.W, s.K, scheme.small, image);
     });
   }
@@ -97,23 +99,21 @@ void to_large(const Sizes& s, const OperandView& small, const T* weight, const R
   int64_t in = scheme.small_panels, out = Scheme::phases * scheme.groups, tiles = scheme.tiles();
   // Here the library sums 4 K terms, not 16 C: with few of them its own error leaves less room.
   int64_t run = s.K < 256 ? short_run_length : run_length;
-  T* u = scratch<T>(Scratch::weight, Scheme::points * out * in * panel<T> * panel<T>);
-  parallel(scheme.groups, [&](int64_t cp) { scheme.weight_to_large(weight, cp, u); });
   int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (in + out), sizeof(T));
-  T* y = scratch<T>(Scratch::small, step * tiles * per_tile * in);
-  T* m = scratch<T>(Scratch::large, step * tiles * per_tile * out);
+  T* y = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * in);
+  T* m = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * out);
   for (int64_t first = 0; first < s.N; first += step) {
-    int64_t count = std::min(step, s.N - first), rows = count * tiles;
+    int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
     parallel(count, [&](int64_t i) {
       T* image = scratch<T>(Scratch::image, scheme.small.size());
       read_image(source, first + i, s.H, s.W, s.K, scheme.small, image);
-      scheme.small_to_operand(image, y + i * tiles * panel<T>, rows);
+      scheme.small_to_operand(image, y + i * tiles * panel<T>, stride);
     });
-    multiply_points(Scheme::points, y, in, u, out, rows, run, m);
+    multiply_points(Scheme::points, y, in, out, rows, stride, run, m, [&](int64_t o, T* u) { scheme.weight_to_large(weight, o, u); });
     parallel(count, [&](int64_t i) {
       T* image = scratch<T>(Scratch::image, scheme.large.size());
       std::fill_n(image, scheme.large.size(), T(0));
-      scheme.operand_to_large(m + i * tiles * panel<T>, image, rows);
+      scheme.operand_to_large(m + i * tiles * panel<T>, image, stride);
       write_image(output.sink, first + i, s.LH, s.LW, s.C, scheme.large, image);
     });
   }
@@ -126,30 +126,30 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
   Source<T> large_source = source_of<T>(large), small_source = source_of<T>(small);
   int64_t groups = scheme.groups, outer = Scheme::phases * groups, inner = scheme.small_panels, tiles = scheme.tiles();
   int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (outer + inner), sizeof(T));
-  T* v = scratch<T>(Scratch::large, step * tiles * per_tile * outer);
-  T* y = scratch<T>(Scratch::small, step * tiles * per_tile * inner);
+  T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * outer);
+  T* y = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * inner);
   constexpr int64_t together = 4;  // panels of K whose blocks are summed side by side, so that they stay in cache
   constexpr int64_t block = panel<T> * panel<T>, blocks = Scheme::points * Scheme::phases * block;
   int64_t k_groups = (inner + together - 1) / together;
   bool once = step >= s.N;
-  T* sums = once ? nullptr : scratch<T>(Scratch::weight, groups * k_groups * together * blocks);
+  T* sums = once ? nullptr : scratch<T>(Scratch::sums, groups * k_groups * together * blocks);
   for (int64_t first = 0; first < s.N; first += step) {
-    int64_t count = std::min(step, s.N - first), rows = count * tiles;
+    int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
     parallel(count, [&](int64_t i) {
       T* image = scratch<T>(Scratch::image, std::max(scheme.large.size(), scheme.small.size()));
       read_image(large_source, first + i, s.LH, s.LW, s.C, scheme.large, image);
-      scheme.large_to_operand(image, v + i * tiles * panel<T>, rows);
+      scheme.large_to_operand(image, v + i * tiles * panel<T>, stride);
       read_image(small_source, first + i, s.H, s.W, s.K, scheme.small, image);
-      scheme.small_to_operand(image, y + i * tiles * panel<T>, rows);
+      scheme.small_to_operand(image, y + i * tiles * panel<T>, stride);
     });
     parallel(groups * k_groups, [&](int64_t task) {
       int64_t group = task / k_groups, kp = task % k_groups * together, kps = std::min(together, inner - kp);
       T* sum = once ? scratch<T>(Scratch::image, together * blocks) : sums + task * together * blocks;
       for (int p = 0; p < Scheme::points; p++) {
         for (int phase = 0; phase < Scheme::phases; phase++) {
-          const T* a = v + (p * outer + phase * groups + group) * rows * panel<T>;
+          const T* a = v + (p * outer + group * Scheme::phases + phase) * stride * panel<T>;
           for (int64_t k = 0; k < kps; k++) {
-            multiply_transposed(a, y + (p * inner + kp + k) * rows * panel<T>, rows,
+            multiply_transposed(a, y + (p * inner + kp + k) * stride * panel<T>, rows,
                                 sum + k * blocks + (p * Scheme::phases + phase) * block, first > 0);
           }
         }

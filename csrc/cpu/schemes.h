@@ -3,9 +3,10 @@
 // transposed convolution or an input gradient small to large, and a weight gradient both to the weight.
 //
 // A scheme turns a tile of either side into `points` rows of a product's operand and back (the transposed map), and the
-// weight into the other operand. Depth on the large side is `phases * groups` panels, on the small side `small_panels`.
-//   operands     large V [points][phases * groups][tiles][panel],  small Y [points][small_panels][tiles][panel]
-//   weights      to small U [points][small_panels][large depth][panel],  to large [points][phases * groups][small depth][panel]
+// weight into the other operand. Depth on the large side is groups * phases panels, on the small side `small_panels`.
+//   operands     large V [points][groups][phases][stride][panel],  small Y [points][small_panels][stride][panel], where
+//                stride is the number of tiles made odd: panels a power of two apart would share one set of the cache
+//   weights      of one panel of the result: [points][depth of the operand + 1][panel], for the same reason
 #pragma once
 #include "cpu/block.h"
 #include "cpu/gemm.h"
@@ -106,23 +107,23 @@ struct Winograd {
   // Calls f(image, vec, operand): pointers to one lane group of one tile in the padded image and in the operand.
   template <class Image, class Operand, class F>
   FASTGAN_INLINE void for_tiles(const Frame& frame, int64_t step_y, int64_t step_x, Image* image, Operand* operand,
-                                int64_t total, int64_t count_panels, F f) const {
+                                int64_t step, int64_t groups, F f) const {
     for (int64_t i = 0; i < tiles_y; i++) {
       for (int64_t j = 0; j < tiles_x; j++, operand += panel<T>) {
         Image* tile = image + (i * step_y * frame.columns + j * step_x) * frame.channels;
-        for (int64_t g = 0; g < count_panels; g++) {
+        for (int64_t g = 0; g < groups; g++) {
           for (int half = 0; half < panel<T>; half += lanes<T>) {
-            f(tile + g * panel<T> + half, operand + g * total * panel<T> + half);
+            f(tile + g * panel<T> + half, operand + g * step + half);
           }
         }
       }
     }
   }
 
-  // `operand` stands at the image's first tile; `total` is the number of tiles in a panel.
-  void large_to_operand(const T* image, T* operand, int64_t total) const {
-    int64_t line = large.columns * large.channels, step = large.channels, point = phases * groups * total * panel<T>;
-    for_tiles(large, 2 * tile_height, 2 * tile_width, image, operand, total, groups, [&](const T* in, T* out) {
+  // `operand` stands at the image's first tile.
+  void large_to_operand(const T* image, T* operand, int64_t stride) const {
+    int64_t line = large.columns * large.channels, step = large.channels, point = phases * groups * stride * panel<T>;
+    for_tiles(large, 2 * tile_height, 2 * tile_width, image, operand, phases * stride * panel<T>, groups, [&](const T* in, T* out) {
       for (int phase = 0; phase < phases; phase++) {
         const T* d = in + phase / 2 * line + phase % 2 * step;
         Vec<T> value[3][5], transformed[3][5];
@@ -130,19 +131,19 @@ struct Winograd {
           for (int j = 0; j < 5; j++) value[i][j] = load(d + 2 * i * line + 2 * j * step);
         }
         large_to_points<T>(value, transformed);
-        T* v = out + phase * groups * total * panel<T>;
-        for (int p = 0; p < points; p++) store(v + p * point, transformed[p / 5][p % 5]);
+        T* v = out + phase * stride * panel<T>;
+        FASTGAN_UNROLL for (int p = 0; p < points; p++) store(v + p * point, transformed[p / 5][p % 5]);
       }
     });
   }
 
-  void operand_to_large(const T* operand, T* image, int64_t total) const {
-    int64_t line = large.columns * large.channels, step = large.channels, point = phases * groups * total * panel<T>;
-    for_tiles(large, 2 * tile_height, 2 * tile_width, image, operand, total, groups, [&](T* out, const T* in) {
+  void operand_to_large(const T* operand, T* image, int64_t stride) const {
+    int64_t line = large.columns * large.channels, step = large.channels, point = phases * groups * stride * panel<T>;
+    for_tiles(large, 2 * tile_height, 2 * tile_width, image, operand, phases * stride * panel<T>, groups, [&](T* out, const T* in) {
       for (int phase = 0; phase < phases; phase++) {
-        const T* m = in + phase * groups * total * panel<T>;
+        const T* m = in + phase * stride * panel<T>;
         Vec<T> value[3][5], transformed[3][5];
-        for (int p = 0; p < points; p++) value[p / 5][p % 5] = load(m + p * point);
+        FASTGAN_UNROLL for (int p = 0; p < points; p++) value[p / 5][p % 5] = load(m + p * point);
         points_to_large<T>(value, transformed);
         T* x = out + phase / 2 * line + phase % 2 * step;
         for (int i = 0; i < 3; i++) {
@@ -155,23 +156,23 @@ struct Winograd {
     });
   }
 
-  void small_to_operand(const T* image, T* operand, int64_t total) const {
-    int64_t line = small.columns * small.channels, step = small.channels, point = small_panels * total * panel<T>;
-    for_tiles(small, tile_height, tile_width, image, operand, total, small_panels, [&](const T* in, T* out) {
+  void small_to_operand(const T* image, T* operand, int64_t stride) const {
+    int64_t line = small.columns * small.channels, step = small.channels, point = small_panels * stride * panel<T>;
+    for_tiles(small, tile_height, tile_width, image, operand, stride * panel<T>, small_panels, [&](const T* in, T* out) {
       Vec<T> value[2][4], transformed[3][5];
       for (int i = 0; i < 2; i++) {
         for (int j = 0; j < 4; j++) value[i][j] = load(in + i * line + j * step);
       }
       small_to_points<T>(value, transformed);
-      for (int p = 0; p < points; p++) store(out + p * point, transformed[p / 5][p % 5]);
+      FASTGAN_UNROLL for (int p = 0; p < points; p++) store(out + p * point, transformed[p / 5][p % 5]);
     });
   }
 
-  void operand_to_small(const T* operand, T* image, int64_t total) const {
-    int64_t line = small.columns * small.channels, step = small.channels, point = small_panels * total * panel<T>;
-    for_tiles(small, tile_height, tile_width, image, operand, total, small_panels, [&](T* out, const T* in) {
+  void operand_to_small(const T* operand, T* image, int64_t stride) const {
+    int64_t line = small.columns * small.channels, step = small.channels, point = small_panels * stride * panel<T>;
+    for_tiles(small, tile_height, tile_width, image, operand, stride * panel<T>, small_panels, [&](T* out, const T* in) {
       Vec<T> value[3][5], transformed[2][4];
-      for (int p = 0; p < points; p++) value[p / 5][p % 5] = load(in + p * point);
+      FASTGAN_UNROLL for (int p = 0; p < points; p++) value[p / 5][p % 5] = load(in + p * point);
       points_to_small<T>(value, transformed);
       for (int i = 0; i < 2; i++) {
         for (int j = 0; j < 4; j++) store(out + i * line + j * step, transformed[i][j]);
@@ -179,43 +180,47 @@ struct Winograd {
     });
   }
 
-  // The part of the transformed weight for panel `kp` of the small side, all of its depth.
+  // The transformed weight for panel `kp` of the small side.
   void weight_to_small(const T* weight, int64_t kp, T* out) const {
-    int64_t depth = phases * groups * panel<T>, point = small_panels * depth * panel<T>;
-    T* to = out + kp * depth * panel<T>;
+    int64_t point = (phases * groups * panel<T> + 1) * panel<T>;
     for (int64_t c = 0; c < groups * panel<T>; c++) {
       for (int half = 0; half < panel<T>; half += lanes<T>) {
         int64_t k = kp * panel<T> + half;
-        transform(weight + (k * C + c) * taps, C * taps, c < C ? K - k : 0, to + c * panel<T> + half,
-                  groups * panel<T> * panel<T>, point);
+        Vec<T> tap[taps];
+        load_taps(weight + (k * C + c) * taps, C * taps, std::clamp<int64_t>(c < C ? K - k : 0, 0, lanes<T>), tap);
+        FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
+          transform_taps(tap, phase, out + ((c / panel<T> * phases + phase) * panel<T> + c % panel<T>) * panel<T> + half, point);
+        }
       }
     }
   }
 
-  void weight_to_large(const T* weight, int64_t cp, T* out) const {
-    int64_t depth = small_panels * panel<T>, point = phases * groups * depth * panel<T>;
-    T* to = out + cp * depth * panel<T>;
+  // The same for panel `o` = (panel of C, phase) of the large side.
+  void weight_to_large(const T* weight, int64_t o, T* out) const {
+    int64_t depth = small_panels * panel<T>, cp = o / phases, phase = o % phases, point = (depth + 1) * panel<T>;
     for (int64_t k = 0; k < depth; k++) {
       for (int half = 0; half < panel<T>; half += lanes<T>) {
         int64_t c = cp * panel<T> + half;
-        transform(weight + (k * C + c) * taps, taps, k < K ? C - c : 0, to + k * panel<T> + half,
-                  groups * depth * panel<T>, point);
+        Vec<T> tap[taps];
+        load_taps(weight + (k * C + c) * taps, taps, std::clamp<int64_t>(k < K ? C - c : 0, 0, lanes<T>), tap);
+        T* to = out + k * panel<T> + half;
+        switch (phase) {  // a constant phase keeps the taps in registers
+          case 0: transform_taps(tap, 0, to, point); break;
+          case 1: transform_taps(tap, 1, to, point); break;
+          case 2: transform_taps(tap, 2, to, point); break;
+          default: transform_taps(tap, 3, to, point);
+        }
       }
     }
   }
 
-  FASTGAN_INLINE static void transform(const T* weight, int64_t stride, int64_t n, T* to, int64_t phase_stride,
-                                       int64_t point) {
-    Vec<T> tap[taps];
-    load_taps(weight, stride, std::clamp<int64_t>(n, 0, lanes<T>), tap);
-    FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
-      Vec<T> w[2][2], u[3][5];
-      for (int i = 0; i < 2; i++) {
-        for (int j = 0; j < 2; j++) w[i][j] = tap[(2 * i + phase / 2) * 4 + 2 * j + phase % 2];
-      }
-      weight_to_points<T>(w, u);
-      for (int p = 0; p < points; p++) store(to + phase * phase_stride + p * point, u[p / 5][p % 5]);
+  FASTGAN_INLINE static void transform_taps(const Vec<T> (&tap)[taps], int phase, T* to, int64_t point) {
+    Vec<T> w[2][2], u[3][5];
+    for (int i = 0; i < 2; i++) {
+      for (int j = 0; j < 2; j++) w[i][j] = tap[(2 * i + phase / 2) * 4 + 2 * j + phase % 2];
     }
+    weight_to_points<T>(w, u);
+    FASTGAN_UNROLL for (int p = 0; p < points; p++) store(to + p * point, u[p / 5][p % 5]);
   }
 
   // blocks [points][phases][panel of C][panel of K], for one group of C and one panel of K, to the weight's gradient.
@@ -261,22 +266,22 @@ struct Direct {
 
   int64_t tiles() const { return H * W; }
 
-  void large_to_operand(const T* image, T* operand, int64_t total) const {
+  void large_to_operand(const T* image, T* operand, int64_t stride) const {
     int64_t line = large.columns * C;
     std::vector<T> patch(groups * panel<T>);
     for (int64_t pixel = 0; pixel < H * W; pixel++, operand += panel<T>) {
       const T* corner = image + 2 * (pixel / W) * line + 2 * (pixel % W) * C;
       for (int y = 0; y < 4; y++) std::copy_n(corner + y * line, 4 * C, patch.data() + y * 4 * C);
-      for (int64_t g = 0; g < groups; g++) std::copy_n(patch.data() + g * panel<T>, panel<T>, operand + g * total * panel<T>);
+      for (int64_t g = 0; g < groups; g++) std::copy_n(patch.data() + g * panel<T>, panel<T>, operand + g * stride * panel<T>);
     }
   }
 
-  void operand_to_large(const T* operand, T* image, int64_t total) const {
+  void operand_to_large(const T* operand, T* image, int64_t stride) const {
     int64_t line = large.columns * C;
     std::vector<T> patch(groups * panel<T>);
     for (int64_t pixel = 0; pixel < H * W; pixel++, operand += panel<T>) {
       T* corner = image + 2 * (pixel / W) * line + 2 * (pixel % W) * C;
-      for (int64_t g = 0; g < groups; g++) std::copy_n(operand + g * total * panel<T>, panel<T>, patch.data() + g * panel<T>);
+      for (int64_t g = 0; g < groups; g++) std::copy_n(operand + g * stride * panel<T>, panel<T>, patch.data() + g * panel<T>);
       for (int y = 0; y < 4; y++) {
         T* to = corner + y * line;
         const T* from = patch.data() + y * 4 * C;
@@ -285,18 +290,18 @@ struct Direct {
     }
   }
 
-  void small_to_operand(const T* image, T* operand, int64_t total) const {
+  void small_to_operand(const T* image, T* operand, int64_t stride) const {
     for (int64_t pixel = 0; pixel < H * W; pixel++) {
       for (int64_t g = 0; g < small_panels; g++) {
-        std::copy_n(image + (pixel * small_panels + g) * panel<T>, panel<T>, operand + (g * total + pixel) * panel<T>);
+        std::copy_n(image + (pixel * small_panels + g) * panel<T>, panel<T>, operand + (g * stride + pixel) * panel<T>);
       }
     }
   }
 
-  void operand_to_small(const T* operand, T* image, int64_t total) const {
+  void operand_to_small(const T* operand, T* image, int64_t stride) const {
     for (int64_t pixel = 0; pixel < H * W; pixel++) {
       for (int64_t g = 0; g < small_panels; g++) {
-        std::copy_n(operand + (g * total + pixel) * panel<T>, panel<T>, image + (pixel * small_panels + g) * panel<T>);
+        std::copy_n(operand + (g * stride + pixel) * panel<T>, panel<T>, image + (pixel * small_panels + g) * panel<T>);
       }
     }
   }
@@ -307,16 +312,14 @@ struct Direct {
   }
 
   void weight_to_small(const T* weight, int64_t kp, T* out) const {
-    T* to = out + kp * groups * panel<T> * panel<T>;
     for (int64_t d = 0; d < groups * panel<T>; d++) {
-      for (int64_t k = 0; k < panel<T>; k++) *to++ = weight_at(weight, kp * panel<T> + k, d);
+      for (int64_t k = 0; k < panel<T>; k++) *out++ = weight_at(weight, kp * panel<T> + k, d);
     }
   }
 
   void weight_to_large(const T* weight, int64_t group, T* out) const {
-    T* to = out + group * small_panels * panel<T> * panel<T>;
     for (int64_t k = 0; k < small_panels * panel<T>; k++) {
-      for (int64_t d = 0; d < panel<T>; d++) *to++ = weight_at(weight, k, group * panel<T> + d);
+      for (int64_t d = 0; d < panel<T>; d++) *out++ = weight_at(weight, k, group * panel<T> + d);
     }
   }
 
