@@ -122,7 +122,13 @@ template <class T, Finish kind>
 FASTGAN_INLINE void finish_lanes(const Sink<T>& s, const T* in, int64_t in_pixel, int64_t in_row, int64_t at, int64_t rows,
                                  int64_t W, int64_t C, int64_t c, int64_t n, T* partial) {
   Vec<T> first{}, second{}, mean{}, scale{}, shift{}, slope = splat(s.slope);
-  if constexpr (kind == Finish::statistics) mean = load(in, n);  // sums of differences from one member lose no digits
+  if constexpr (kind == Finish::statistics) {
+    // A first pass for the mean, nearly: sums of differences from it lose no digits, whatever it is.
+    for (int64_t y = 0; y < rows; y++) {
+      for (int64_t x = 0; x < W; x++) mean += load(in + y * in_row + x * in_pixel, n);
+    }
+    mean /= splat(static_cast<T>(rows * W));
+  }
   if constexpr (kind == Finish::backward) {
     mean = load(s.constants + row_mean * C + c, n);
     scale = load(s.constants + row_scale * C + c, n);

@@ -107,20 +107,25 @@ struct Block {
   }
 
   void statistics(const T* y, T* out) const {
-    // Sums of differences from one member of the block lose no digits, whatever the mean.
+    T count = static_cast<T>(channels_last ? rows : width);
+    // A first pass for the mean, nearly: sums of differences from it lose no digits, whatever it is.
+    sum(out, [&](int64_t at, int64_t, int64_t n, Vec<T>& first, Vec<T>&) __attribute__((always_inline)) {
+      first += load(y + at, n);
+    });
+    int64_t begin = channels_last ? 0 : channel, end = channels_last ? width : channel + 1;
+    T* means = scratch<T>(Scratch::sums, C);
+    for (int64_t c = begin; c < end; c++) means[c] = out[c] / count;
     sum(out, [&](int64_t at, int64_t i, int64_t n, Vec<T>& first, Vec<T>& second) __attribute__((always_inline)) {
-      Vec<T> origin = channels_last ? load(y + i, n) : splat(y[0]), d = load(y + at, n) - origin;
-      if (!channels_last && n < lanes<T>) {
+      Vec<T> d = load(y + at, n) - (channels_last ? load(means + i, n) : splat(means[channel]));
+      if (!channels_last) {
         for (int64_t l = n; l < lanes<T>; l++) d[l] = 0;
       }
       first += d, second = fma(d, d, second);
     });
-    T count = static_cast<T>(channels_last ? rows : width);
-    for (int64_t i = 0; i < (channels_last ? width : 1); i++) {
-      int64_t c = channels_last ? i : channel;
+    for (int64_t c = begin; c < end; c++) {
       T offset = out[c] / count;
       out[C + c] -= out[c] * offset;
-      out[c] = y[i] + offset;
+      out[c] = means[c] + offset;
     }
   }
 

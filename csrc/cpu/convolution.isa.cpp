@@ -71,6 +71,7 @@ void to_small(const Sizes& s, const OperandView& large, const T* weight, const R
   Source<T> source = source_of<T>(large);
   Output<T> output(result, s.N, s.H, s.W, s.K);
   int64_t in = Scheme::phases * scheme.groups, out = scheme.small_panels, tiles = scheme.tiles();
+  int64_t run = s.C < 64 ? short_run_length : run_length;
   int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (in + out), sizeof(T));
   T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * in);
   T* m = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * out);
@@ -81,7 +82,7 @@ void to_small(const Sizes& s, const OperandView& large, const T* weight, const R
       read_image(source, first + i, s.LH, s.LW, s.C, scheme.large, image);
       scheme.large_to_operand(image, v + i * tiles * panel<T>, stride);
     });
-    multiply_points(Scheme::points, v, in, out, rows, stride, run_length, m, [&](int64_t o, T* u) { scheme.weight_to_small(weight, o, u); });
+    multiply_points(Scheme::points, v, in, out, rows, stride, run, m, [&](int64_t o, T* u) { scheme.weight_to_small(weight, o, u); });
     parallel(count, [&](int64_t i) {
       T* image = scratch<T>(Scratch::image, scheme.small.size());
       scheme.operand_to_small(m + i * tiles * panel<T>, image, stride);
@@ -97,7 +98,7 @@ void to_large(const Sizes& s, const OperandView& small, const T* weight, const R
   Source<T> source = source_of<T>(small);
   Output<T> output(result, s.N, s.LH, s.LW, s.C);
   int64_t in = scheme.small_panels, out = Scheme::phases * scheme.groups, tiles = scheme.tiles();
-  // Here the library sums 4 K terms, not 16 C: with few of them its own error leaves less room.
+  // The library sums 4 K terms here, not 16 C: the fewer they are, the less room its own error leaves.
   int64_t run = s.K < 256 ? short_run_length : run_length;
   int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (in + out), sizeof(T));
   T* y = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * in);
@@ -165,9 +166,8 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
 bool use_winograd(const Convolution& c) {
   if (c.scheme != scheme_automatic) return c.scheme == scheme_winograd;
   if (c.H < tile_height || c.W < tile_width) return false;
-  if (c.direction == Direction::to_small) return c.C >= 64 && c.K >= 16;
-  if (c.direction == Direction::to_large) return c.K >= 128 && c.C >= 16;
-  return c.C >= 32 && c.K >= 32;
+  if (c.direction == Direction::to_weight && c.N * c.H * c.W < 256) return false;
+  return c.C >= 16 && c.K >= (c.direction == Direction::to_large ? 128 : 16);
 }
 
 Sizes sizes_of(const Convolution& c) { return {c.N, c.C, c.LH, c.LW, c.K, c.H, c.W}; }

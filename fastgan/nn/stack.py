@@ -87,7 +87,11 @@ def parts(modules: nn.Sequential) -> list[list[Block] | nn.Module]:
 
 def _block(rest: list[nn.Module]) -> Block | None:
     conv = rest[0]
-    if not _is_plain(conv, nn.Conv2d, nn.ConvTranspose2d) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+    if (
+        not _is_plain(conv, nn.Conv2d, nn.ConvTranspose2d)
+        or isinstance(conv.padding, str)
+        or conv.padding_mode != "zeros"
+    ):
         return None
     after = rest[1:]
     norm = after[0] if after and _is_plain(after[0], nn.BatchNorm2d) else None
@@ -106,7 +110,5 @@ def _is_activation(rest: list[nn.Module]) -> bool:
 
 def _is_plain(module: nn.Module, *types: type) -> bool:
     """Exactly one of `types` (a parametrised module has a type of its own) and without hooks."""
-    hooks = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) in types and not hooks

@@ -107,7 +107,7 @@ class _Blocks(torch.autograd.Function):
             weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
             y, sums = _convolve(step, operand, weight, bias)
             operand = Operand(y, None, _constants(step, y, sums, gamma, beta), step.slope)
-            raw.append(y)
+            raw.append(y if operand.constants is not None or index + 1 < len(steps) else None)  # the last: only if used
             constants.append(operand.constants)
         ctx.steps = steps
         ctx.save_for_backward(input, *parameters, *raw, *constants)
