@@ -60,9 +60,7 @@ def test_decode(benchmark, case, tmp_path):
     folder.mkdir()
     for i in range(count):
         wave = 127 + 60 * np.sin(x / (7 + i % 5)) + 60 * np.cos(y / (11 + i % 7))
-        colours = (
-            wave if ending == "png" else np.stack([wave, wave.T[:1].mean() + 0 * wave, 255 - wave], axis=2)
-        )
+        colours = wave if ending == "png" else np.stack([wave, wave.T[:1].mean() + 0 * wave, 255 - wave], axis=2)
         Image.fromarray(colours.astype(np.uint8)).save(folder / f"{i}.{ending}")
     rounds = iter(range(100))
     benchmark.pedantic(lambda: prepare(folder, side, cache_dir=tmp_path / f"cache{next(rounds)}"), rounds=5)

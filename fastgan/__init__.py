@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fastgan.backends import use_backend as use_backend
     from fastgan.ema import Ema as Ema
-    from fastgan.explain import explain as explain
+    from fastgan.explanation import explain as explain
     from fastgan.step import GanStep as GanStep
 
 _HOME = {
     "Ema": "fastgan.ema",
     "GanStep": "fastgan.step",
-    "explain": "fastgan.explain",
+    "explain": "fastgan.explanation",
     "use_backend": "fastgan.backends",
 }
 _SUBMODULES = ("data", "losses", "nn", "ops", "optim")

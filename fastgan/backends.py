@@ -89,9 +89,7 @@ class Decision(NamedTuple):
     reason: str
 
 
-def define(
-    stem: str, kernels: dict[str, Kernel], settle: Callable[[str, tuple], tuple] | None = None
-) -> None:
+def define(stem: str, kernels: dict[str, Kernel], settle: Callable[[str, tuple], tuple] | None = None) -> None:
     """Declare the split operations of a stem with their eager definitions (called once by
     `fastgan/ops/STEM.py`).
 
@@ -113,9 +111,7 @@ def kernel(backend: str, name: str) -> Kernel:
         return operations[stem][name]
     if backend == "triton":
         if find_spec("triton") is None:
-            raise BackendError(
-                "backend 'triton': Triton is not installed; `pip install triton` (Linux, NVIDIA GPU)"
-            )
+            raise BackendError("backend 'triton': Triton is not installed; `pip install triton` (Linux, NVIDIA GPU)")
         found = getattr(import_module(f"fastgan.kernels.{stem}"), name, None)
     else:
         library = import_module("fastgan.library") if find_spec("fastgan.library") else None
@@ -135,9 +131,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(
-    backend: str, operation: str = "bn_act", device: str | None = None, dtype: Any = None
-) -> str | None:
+def why_not(backend: str, operation: str = "bn_act", device: str | None = None, dtype: Any = None) -> str | None:
     """Why `backend` cannot run `operation` here (None: it can). Without a device: on any device of this
     machine."""
     if backend not in BACKENDS:
@@ -239,10 +233,33 @@ def choose(operation: str, tensor: Tensor, backend: str | None = None) -> str:
     return decision.backend
 
 
+def takes_definition(operation: str, tensor: Tensor, backend: str | None) -> bool:
+    """Whether the plain PyTorch expression runs, without the custom operation's wrapping. Traced code decides
+    at run time instead, inside the operation, unless eager is forced."""
+    if torch.compiler.is_compiling():
+        return backend == "eager"
+    return choose(operation, tensor, backend) == "eager"
+
+
+layer = ""
+
+
+def enter_layer(name: str) -> None:
+    """The name of the layer whose operations come next, for `explain`."""
+    global layer
+    layer = name
+
+
 def record(recorder: Callable[[str, Tensor, Decision], None] | None) -> None:
     """Let `explain` see every choice as it is made (None: no more)."""
     global _recorder
     _recorder = recorder
+
+
+def note(operation: str, tensor: Tensor, decision: Decision) -> None:
+    """Let `explain` see a choice that was not made by `choose`."""
+    if _recorder is not None:
+        _recorder(operation, tensor, decision)
 
 
 def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
@@ -267,9 +284,7 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
     for candidate in _PREFERRED_ON_CUDA if device == "cuda" else ():
         reason = why_not(candidate, operation, device, tensor.dtype)
         if reason is None:
-            return Decision(
-                candidate, "first choice on CUDA; each kernel is compared with the definition at first use"
-            )
+            return Decision(candidate, "first choice on CUDA; each kernel is compared with the definition at first use")
         reasons.append(reason)
     return Decision("eager", "; ".join(reasons) or f"no other backend runs on {device} tensors")
 

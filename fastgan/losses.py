@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.errors import FastganError
+from fastgan.ops import gan_bce, gan_bce_generator
+from fastgan.ops.gan_bce import bce
 
 
 def value(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -27,30 +29,31 @@ def value(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return F.logsigmoid(real_logits).mean() + F.logsigmoid(-fake_logits).mean()
 
 
-def bce(logits: Tensor, target: float) -> Tensor:
-    """Binary cross-entropy of sigmoid(logits) against one `target` in [0, 1] for all."""
-    loss = -target * F.logsigmoid(logits) if target else logits.new_zeros(())
-    if target != 1.0:
-        loss = loss - (1.0 - target) * F.logsigmoid(-logits)
-    return loss.mean()
-
-
 def bce_discriminator(real_logits: Tensor, fake_logits: Tensor, real_target: float = 1.0) -> Tensor:
     """-V(D, G): cross-entropy of real as 1 and fake as 0.
 
     `real_target` below 1 is one-sided label smoothing (Salimans et al., 2016, arXiv:1606.03498).
     """
-    return bce(real_logits, real_target) + bce(fake_logits, 0.0)
+    return bce_with_beliefs(real_logits, fake_logits, real_target)[0]
+
+
+def bce_with_beliefs(
+    real_logits: Tensor, fake_logits: Tensor, real_target: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`bce_discriminator`, and the means of D(x) and D(G(z)) (detached) from the same pass over the logits."""
+    loss_real, loss_fake, d_real, d_fake = gan_bce(real_logits, fake_logits, real_target=real_target)
+    assert loss_real is not None and loss_fake is not None and d_real is not None and d_fake is not None  # noqa: PT018
+    return loss_real + loss_fake, d_real, d_fake
 
 
 def non_saturating_generator(fake_logits: Tensor) -> Tensor:
     """-E[log D(G(z))]: the same fixed point as the minimax loss, with a gradient where D is sure of itself."""
-    return bce(fake_logits, 1.0)
+    return gan_bce_generator(fake_logits)[0]
 
 
 def minimax_generator(fake_logits: Tensor) -> Tensor:
     """E[log(1 - D(G(z)))], the part of V that G descends; its gradient vanishes where D is sure of itself."""
-    return F.logsigmoid(-fake_logits).mean()
+    return gan_bce_generator(fake_logits, saturating=True)[0]
 
 
 def least_squares_discriminator(real_logits: Tensor, fake_logits: Tensor, real_target: float = 1.0) -> Tensor:
@@ -153,11 +156,12 @@ class Loss:
     generator: Callable[..., Tensor]
     paired: bool = False
     smoothable: bool = True  # whether `real_target` means something
+    with_beliefs: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # also D(x) and D(G(z)), in one pass
 
 
 LOSSES: dict[str, Loss] = {
-    "non_saturating": Loss(bce_discriminator, non_saturating_generator),
-    "minimax": Loss(bce_discriminator, minimax_generator),
+    "non_saturating": Loss(bce_discriminator, non_saturating_generator, with_beliefs=bce_with_beliefs),
+    "minimax": Loss(bce_discriminator, minimax_generator, with_beliefs=bce_with_beliefs),
     "least_squares": Loss(least_squares_discriminator, least_squares_generator),
     "hinge": Loss(hinge_discriminator, wasserstein_generator, smoothable=False),
     "relativistic_average": Loss(relativistic_average_discriminator, relativistic_average_generator, paired=True),

@@ -137,12 +137,12 @@ class GanStep:
             real_logits = self._logits(real)
             fake_logits = self._logits(fake)
         smoothing = {"real_target": self.real_target} if self.real_target != 1.0 else {}
-        loss = self.loss.discriminator(real_logits, fake_logits, **smoothing)
-        metrics = {
-            "loss_d": loss.detach(),
-            "d_real": real_logits.detach().sigmoid().mean(),
-            "d_fake": fake_logits.detach().sigmoid().mean(),
-        }
+        if self.loss.with_beliefs is not None:
+            loss, d_real, d_fake = self.loss.with_beliefs(real_logits, fake_logits, **smoothing)
+        else:
+            loss = self.loss.discriminator(real_logits, fake_logits, **smoothing)
+            d_real, d_fake = (x.detach().sigmoid().mean() for x in (real_logits, fake_logits))
+        metrics = {"loss_d": loss.detach(), "d_real": d_real, "d_fake": d_fake}
         if penalised:
             for name, gamma, logits, images in (
                 ("r1", self.r1, real_logits, real),

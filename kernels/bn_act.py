@@ -107,9 +107,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _walk(
-    rows, columns, channels, per_split, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr
-):
+def _walk(rows, columns, channels, per_split, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
     """One program's channels and its share of their tiles: channels, mask, row stride, first tile, last,
     tiles a row."""
     if CHANNELS_LAST:
@@ -125,9 +123,7 @@ def _walk(
 
 
 @triton.jit
-def _part(
-    t, rows, columns, channels, column_tiles, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr
-):
+def _part(t, rows, columns, channels, column_tiles, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
     """Tile t of a program's channels: 64-bit start, 32-bit offsets, mask."""
     row, r, c = t // column_tiles * BR, tl.arange(0, BR), tl.arange(0, BL)
     if CHANNELS_LAST:
@@ -157,9 +153,7 @@ def _stats_kernel(
     part_n, part_mean, part_m2, y, rows, columns, channels, per_split,
     CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    channel, known, first, last, column_tiles = _walk(
-        rows, columns, channels, per_split, CHANNELS_LAST, BR, BL
-    )
+    channel, known, first, last, column_tiles = _walk(rows, columns, channels, per_split, CHANNELS_LAST, BR, BL)
     # Deviations from the mean of the first tile: small numbers, whatever the mean, and no single outlier
     # rules them.
     start, offsets, inside = _part(first, rows, columns, channels, column_tiles, CHANNELS_LAST, BR, BL)
@@ -187,9 +181,7 @@ def _stats_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    mean, m2, part_n, part_mean, part_m2, splits, channels, SPLITS: tl.constexpr, BC: tl.constexpr
-):
+def _combine_kernel(mean, m2, part_n, part_mean, part_m2, splits, channels, SPLITS: tl.constexpr, BC: tl.constexpr):
     """Chan's rule over all partial statistics at once, as deviations from the first partial mean."""
     channel, split = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, SPLITS)
     known = channel < channels
@@ -210,9 +202,7 @@ def _reduce_kernel(
     part_weight, part_bias, dz, y, mean, invstd, weight, bias, rows, columns, channels, per_split,
     SLOPE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    channel, known, first, last, column_tiles = _walk(
-        rows, columns, channels, per_split, CHANNELS_LAST, BR, BL
-    )
+    channel, known, first, last, column_tiles = _walk(rows, columns, channels, per_split, CHANNELS_LAST, BR, BL)
     m = tl.load(mean + channel, known, 0.0)[None, :]
     s = (tl.load(weight + channel, known, 0.0) * tl.load(invstd + channel, known, 0.0))[None, :]
     b = tl.load(bias + channel, known, 0.0)[None, :]

@@ -62,7 +62,8 @@ def check_internals(module=inside) -> None:
         if names != expected:
             raise RuntimeError(
                 f"tests/interpreter.py mends the interpreter of Triton 3.9, this is {triton.__version__}: "
-                f"{path} takes ({names}), expected ({expected}). Port the mend, then run tests/test_interpreter.py."
+                f"{path}"
+                f" takes ({names}), expected ({expected}). Port the mend and run tests/test_interpreter.py."
             )
 
 
@@ -81,9 +82,7 @@ def to_bits(numbers: np.ndarray) -> np.ndarray:
     """bf16 bits of fp32 numbers, rounded to nearest even; a NaN stays one."""
     bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return (
-        np.where(np.isnan(numbers), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(numbers))
-    )
+    return np.where(np.isnan(numbers), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(np.shape(numbers))
 
 
 def from_bits(bits: np.ndarray) -> np.ndarray:
@@ -197,9 +196,7 @@ def _load(self, ptrs, mask, other, cache_policy, is_volatile):
         return _original_load(self, ptrs, mask, other, cache_policy, is_volatile)
     fill = np.zeros_like(ptrs.data, np.uint16) if other is None else to_bits(other.data)
     fill = np.ascontiguousarray(np.broadcast_to(fill, np.shape(ptrs.data)))
-    return Handle(
-        from_bits(inside._interpreter.load(ptrs.data, mask.data, fill, np.dtype(np.uint16))), tl.bfloat16
-    )
+    return Handle(from_bits(inside._interpreter.load(ptrs.data, mask.data, fill, np.dtype(np.uint16))), tl.bfloat16)
 
 
 def _store(self, ptrs, value, mask, cache_policy):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastgan import library
 from fastgan.backends import counts, reset_counts, use_backend
-from fastgan.errors import BackendError
+from fastgan.explanation import explain
 from fastgan.nn import Discriminator, Generator
 from fastgan.nn.stack import Block, ConvStack, parts, why_unfused
 from tests.tolerance import assert_as_right_as_torch
@@ -202,8 +202,8 @@ def test_hooks_parametrisations_and_subclasses_run_as_they_are():
     stack[3].register_forward_hook(lambda *_: seen.append(True))
     nn.utils.parametrizations.spectral_norm(stack[6])
     stack[9] = OwnConv(8, 8, 4, 2, 1)
-    assert [type(p) for p in parts(stack)][0] is list
-    assert [m for p in parts(stack) if isinstance(p, list) for m in p] == [Block(stack[0], stack[1], 0.2)]
+    fused = [block for _, part in parts(stack) if isinstance(part, list) for block in part]
+    assert fused == [Block("0", 3, stack[0], stack[1], 0.2)]
     with use_backend("cpu"):
         stack(torch.randn(2, 3, 32, 32))
     assert seen
@@ -219,8 +219,12 @@ def test_where_the_kernels_do_not_apply():
         assert ConvStack(*modules(3, 8))(image).dtype == torch.bfloat16
     with use_backend("eager"):
         assert "eager" in why_unfused(image)
-    with use_backend("cpu"), pytest.raises(BackendError, match="float32"):
-        why_unfused(image.bfloat16())
+    assert "float64" in why_unfused(image.double())
+
+
+def test_explain_names_each_block():
+    layers = explain(Discriminator(16, 3, 8), torch.randn(2, 3, 16, 16))
+    assert [(layer.name, layer.decision.backend) for layer in layers] == [(f"main.{i}", "cpu") for i in (0, 2, 5)]
 
 
 @pytest.mark.parametrize(("network", "share"), [("generator", 0.55), ("discriminator", 0.72)])

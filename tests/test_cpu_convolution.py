@@ -1,4 +1,4 @@
-"""The CPU kernels of the 4x4 stride-2 convolution against the fp64 definition: `fastgan_cpu::convolve` and `weight_gradient`."""
+"""The CPU kernels of the 4x4 stride-2 convolution against the fp64 definition."""
 
 import pytest
 import torch

@@ -15,9 +15,7 @@ from fastgan.data.batches import epoch_order
 from fastgan.errors import DataError
 
 
-def numbered(
-    count: int, side: int = 2, image_size: int | None = None, fingerprint: str = "f"
-) -> PreparedImages:
+def numbered(count: int, side: int = 2, image_size: int | None = None, fingerprint: str = "f") -> PreparedImages:
     """Images whose first two pixels spell their index."""
     images = np.zeros((count, side, side, 1), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 1, 0] = divmod(np.arange(count), 256)
@@ -67,6 +65,7 @@ def test_resuming_anywhere_equals_an_unbroken_run(data):
         assert state["position"] == stop
         # One continues in a new process with another seed, one goes back after having drawn further.
         with Batches(prepared, size, seed=77, flip=True, crop_size=3) as resumed:
+            next(resumed)
             resumed.load_state_dict(state)
             next(stopped)
             next(stopped)
@@ -111,6 +110,17 @@ def test_flips_mirror_about_half_of_the_images_and_nothing_else():
         assert (to_uint8(next(batches))[:, 0, :, 0] == [1, 2, 3, 4]).all()
 
 
+def test_no_two_epochs_or_batches_are_alike():
+    with Batches(numbered(100), 100) as batches:
+        assert indices(next(batches)) != indices(next(batches)), "each epoch has an order of its own"
+    images = np.tile(np.array([1, 2], np.uint8)[:, None], (200, 2, 1, 1))
+    prepared = PreparedImages(images, None, [], "ramps", 2, "center", "f")
+    with Batches(prepared, 100, flip=True) as batches:
+        first, second = (to_uint8(next(batches))[:, 0, 0, 0] for _ in range(2))
+        assert batches.epoch == 1
+    assert not np.array_equal(first, second), "each batch in an epoch has flips of its own"
+
+
 def test_random_crops_reach_every_place_and_stay_inside():
     images = np.arange(25, dtype=np.uint8).reshape(1, 5, 5, 1).repeat(2000, axis=0)
     prepared = PreparedImages(images, None, [], "grids", 3, "random", "f")
@@ -132,6 +142,20 @@ def test_batches_have_the_promised_form():
             assert batch.dtype == dtype
             assert batch.is_contiguous(memory_format=torch.channels_last)
             assert (batch == 1).all()
+
+
+def test_for_another_device_bytes_travel_and_become_numbers_there(monkeypatch):
+    moved = []
+    monkeypatch.setattr(
+        "fastgan.data.batches.normalise_on_device", lambda pixels: moved.append(pixels) or pixels.float()
+    )
+    with Batches(numbered(8, side=4), 2, device="meta", dtype=torch.float16) as batches:
+        batch = next(batches)
+    assert moved[0].dtype == torch.uint8
+    assert moved[0].device.type == "meta"
+    assert batch.shape == (2, 1, 4, 4)
+    assert batch.dtype == torch.float16
+    assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_batch_is_the_callers_own():

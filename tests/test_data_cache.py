@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgan.data import prepare
+from fastgan.data import DataWarning, prepare
 from fastgan.data.preparation import open_source
 from fastgan.errors import DataError
 
@@ -91,7 +91,7 @@ def test_each_preparation_has_an_entry_of_its_own(photos, cache):
         (8, None, "center"): (8, 1),
         (4, None, "center"): (4, 1),
         (8, 3, "center"): (8, 3),
-        (4, None, "stretch"): (4, 1),
+        (4, None, "none"): (4, 1),
         (4, 4, "center"): (4, 4),
     }
     for (size, channels, crop), (side, depth) in shapes.items():
@@ -150,9 +150,7 @@ def _prepare_and_report(photos, cache, barrier, queue):
 def test_two_processes_at_once(photos, cache):
     fork = multiprocessing.get_context("fork")
     barrier, queue = fork.Barrier(2), fork.Queue()
-    processes = [
-        fork.Process(target=_prepare_and_report, args=(photos, cache, barrier, queue)) for _ in range(2)
-    ]
+    processes = [fork.Process(target=_prepare_and_report, args=(photos, cache, barrier, queue)) for _ in range(2)]
     for process in processes:
         process.start()
     fingerprints = {queue.get(timeout=60) for _ in processes}
@@ -181,6 +179,24 @@ def test_a_killed_process_leaves_no_entry_and_its_rest_is_cleared_a_day_later(ph
     prepare(photos, 4, cache_dir=cache)
     assert left not in entries(cache)
     assert len(entries(cache)) == 2
+
+
+def test_all_of_an_entry_is_on_disk_before_it_appears(photos, cache, monkeypatch):
+    synced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def record(handle: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        synced.append((name, any(entry.startswith("images-") for entry in entries(cache))))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", record)
+    prepare(photos, 8, cache_dir=cache)
+    *before, folder, root = synced
+    assert sorted(before) == [("images.u8", False), ("meta.json", False)]
+    assert folder[0].startswith(".images-")
+    assert folder[1] is False
+    assert root == ("cache", True)
 
 
 def test_an_interrupt_leaves_nothing_behind(photos, cache):
@@ -247,9 +263,7 @@ def test_a_write_that_the_system_refuses_is_explained_and_cleared(photos, cache)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # files of 12,800 bytes do not fit
     try:
-        with pytest.raises(
-            DataError, match=r"cannot be written to .*cache: the disk is full \(File too large\)"
-        ):
+        with pytest.raises(DataError, match=r"cannot be written to .*cache: the disk is full \(File too large\)"):
             prepare(photos, 8, cache_dir=cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -271,9 +285,7 @@ def test_without_a_writable_home_the_images_live_for_this_process(photos, tmp_pa
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTGAN_CACHE", raising=False)
     before = sorted(tmp_path.iterdir())
-    with pytest.warns(
-        UserWarning, match=r"cannot be written to \(Not a directory\); images are decoded anew"
-    ):
+    with pytest.warns(DataWarning, match=r"cannot be written to \(Not a directory\); images are decoded anew"):
         prepared = prepare(photos, 8)
     assert prepared.images[:, 0, 0, 0].tolist() == list(range(200))
     assert sorted(tmp_path.iterdir()) == before

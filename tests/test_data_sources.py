@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastgan.data import prepare
+from fastgan.data import DataWarning, prepare
 from fastgan.data.preparation import open_source
 from fastgan.errors import DataError
 
@@ -64,9 +64,7 @@ def test_the_bundled_digits_are_all_there_with_a_margin(source):
     with gzip.open(DIGITS / "t10k-images-idx3-ubyte.gz") as file:
         original = np.frombuffer(file.read()[16:], np.uint8).reshape(10000, 28, 28)
     assert np.array_equal(digits.images[:, 2:30, 2:30, 0], original), "no pixel is resampled"
-    assert int(digits.images.sum(dtype=np.int64)) == int(original.sum(dtype=np.int64)), (
-        "the margin is background"
-    )
+    assert int(digits.images.sum(dtype=np.int64)) == int(original.sum(dtype=np.int64)), "the margin is background"
 
 
 def test_the_digits_name_their_licence_and_authors():
@@ -137,11 +135,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 def test_a_folder_without_images_is_an_error_that_says_what_is_there(tmp_path, files):
     for name in files:
         (tmp_path / name).touch()
-    message = (
-        r"3 files \(2 .txt, 1 .gz\) have none of the endings .*\.png"
-        if files
-        else "is empty; expected images"
-    )
+    message = r"3 files \(2 .txt, 1 .gz\) have none of the endings .*\.png" if files else "is empty; expected images"
     with pytest.raises(DataError, match=message) as error:
         prepare(tmp_path, 8)
     assert str(tmp_path) in str(error.value)
@@ -159,14 +153,14 @@ def damage(folder: Path) -> Path:
 
 
 def test_damaged_files_among_good_ones_are_named_skipped_and_counted(tmp_path):
-    with pytest.warns(UserWarning, match=r"3 of 5 images in .* left out; cut.jpg: .*truncated"):
+    with pytest.warns(DataWarning, match=r"3 of 5 images in .* left out; cut.jpg: .*truncated"):
         prepared = prepare(damage(tmp_path), 8)
     assert greys(prepared) == [1, 2]
     reasons = dict(prepared.skipped)
     assert list(reasons) == ["cut.jpg", "text.png", "void.png"]
     assert "truncated" in reasons["cut.jpg"]
     assert reasons["text.png"] == reasons["void.png"] == "not an image in a known format"
-    with pytest.warns(UserWarning, match="3 of 5"):
+    with pytest.warns(DataWarning, match="3 of 5"):
         assert prepare(tmp_path, 8).skipped == prepared.skipped, "the cache forgets nothing"
 
 
@@ -183,7 +177,7 @@ def test_a_decompression_bomb_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     grey(1, size=16).save(tmp_path / "bomb.png")  # over twice the limit: Pillow itself raises
     grey(1, size=12).save(tmp_path / "small bomb.png")  # over the limit: Pillow only warns
-    with pytest.warns(UserWarning, match="2 of 3 images") as caught:
+    with pytest.warns(DataWarning, match="2 of 3 images") as caught:
         prepared = prepare(tmp_path, 8)
     assert greys(prepared) == [3]
     assert [name for name, _ in prepared.skipped] == ["bomb.png", "small bomb.png"]
@@ -196,7 +190,7 @@ def test_a_decompression_bomb_is_skipped(tmp_path, monkeypatch):
 def test_small_images_are_enlarged_with_a_counted_warning(tmp_path):
     save(tmp_path, a=1, b=2)
     grey(3, size=64).save(tmp_path / "c.png")
-    with pytest.warns(UserWarning, match=r"2 of 3 images .* smaller than 32 x 32 pixels and were enlarged"):
+    with pytest.warns(DataWarning, match=r"2 of 3 images .* smaller than 32 x 32 pixels and were enlarged"):
         prepared = prepare(tmp_path, 32)
     assert prepared.enlarged == 2
     assert greys(prepared) == [1, 2, 3]
@@ -251,7 +245,7 @@ def test_zip_members_that_lead_outside_are_skipped_and_nothing_is_unpacked(tmp_p
         for name in evil:
             archive.writestr(zipfile.ZipInfo(name), (tmp_path / "good.png").read_bytes())
     before = sorted(tmp_path.rglob("*"))
-    with pytest.warns(UserWarning, match=r"5 of 6 .* its path leads out of the archive"):
+    with pytest.warns(DataWarning, match=r"5 of 6 .* its path leads out of the archive"):
         prepared = prepare(tmp_path / "x.zip", 8)
     assert len(prepared) == 1
     assert sorted(name for name, _ in prepared.skipped) == sorted(evil)
@@ -262,9 +256,7 @@ def test_a_zip_of_evil_paths_only_is_an_error(tmp_path):
     grey(1).save(tmp_path / "good.png")
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.write(tmp_path / "good.png", "../evil.png")
-    with pytest.raises(
-        DataError, match=r"none of the 1 images in .*x.zip can be read; \.\./evil.png: its path"
-    ):
+    with pytest.raises(DataError, match=r"none of the 1 images in .*x.zip can be read; \.\./evil.png: its path"):
         prepare(tmp_path / "x.zip", 8)
 
 
@@ -275,7 +267,7 @@ def test_damage_inside_a_zip_is_named(tmp_path):
     at = content.index(b"b.png") + 20
     content[at] ^= 0xFF
     path.write_bytes(content)
-    with pytest.warns(UserWarning, match="1 of 2 images"):
+    with pytest.warns(DataWarning, match="1 of 2 images"):
         assert [name for name, _ in prepare(path, 8).skipped] == ["b.png"]
     (tmp_path / "no.zip").write_text("no archive")
     with pytest.raises(DataError, match=r"no\.zip cannot be read as a zip archive"):
@@ -292,7 +284,7 @@ def test_a_zip_member_that_unpacks_to_too_much_is_skipped(tmp_path, monkeypatch)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(tmp_path / "good.png", "good.png")
         archive.writestr("huge.bmp", bytes(501))
-    with pytest.warns(UserWarning, match=r"huge.bmp: unpacks to 501 bytes, the limit is 500"):
+    with pytest.warns(DataWarning, match=r"huge.bmp: unpacks to 501 bytes, the limit is 500"):
         assert len(prepare(tmp_path / "x.zip", 8)) == 1
 
 
@@ -317,9 +309,7 @@ def test_idx_files_are_read_with_the_labels_beside_them(tmp_path, ending):
 def test_idx_files_cut_short_are_refused(tmp_path, ending):
     images = np.zeros((5, 8, 8), np.uint8)
     path = write_idx(tmp_path / f"x-images-idx3{ending}", images, promised=6)
-    with pytest.raises(
-        DataError, match=r"x-images-idx3.* cut short: .* 6 images of 64 bytes, .* inside image 5"
-    ):
+    with pytest.raises(DataError, match=r"x-images-idx3.* cut short: .* 6 images of 64 bytes, .* inside image 5"):
         prepare(path, 8)
     write_idx(path, images, cut=10)
     with pytest.raises(DataError, match=r"x-images-idx3.* cannot be read: it ends inside its header"):
@@ -329,9 +319,7 @@ def test_idx_files_cut_short_are_refused(tmp_path, ending):
     with pytest.raises(DataError, match=r"x-labels-idx1 is cut short"):
         prepare(path, 8)
     write_idx(tmp_path / "x-labels-idx1", np.zeros(4, np.uint8))
-    with pytest.raises(
-        DataError, match=r"x-images-idx3.*expected labels .* \[5\], .* got uint8 of shape \[4\]"
-    ):
+    with pytest.raises(DataError, match=r"x-images-idx3.*expected labels .* \[5\], .* got uint8 of shape \[4\]"):
         prepare(path, 8)
 
 
@@ -393,9 +381,7 @@ def test_other_damage_to_arrays_is_explained(tmp_path):
     with pytest.raises(DataError, match=r"text.npy cannot be read"):
         prepare(tmp_path / "text.npy", 8)
     np.savez(tmp_path / "other.npz", weights=np.zeros(3), biases=np.zeros(3))
-    with pytest.raises(
-        DataError, match=r"other.npz: expected images under .* images, .* found weights, biases"
-    ):
+    with pytest.raises(DataError, match=r"other.npz: expected images under .* images, .* found weights, biases"):
         prepare(tmp_path / "other.npz", 8)
     np.savez(tmp_path / "labels.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.zeros(4))
     with pytest.raises(DataError, match=r"labels.npz: expected labels as integers or names of shape \[4\]"):
@@ -458,7 +444,7 @@ def test_nonsense_sizes_are_refused(size):
 
 
 def test_unknown_choices_list_the_known_ones():
-    with pytest.raises(DataError, match=r"crop: expected one of center, random, stretch, got 'middle'"):
+    with pytest.raises(DataError, match=r"crop: expected one of center, random, none, got 'middle'"):
         prepare(None, 32, crop="middle")
     with pytest.raises(DataError, match=r"channels: expected 1, 3, 4 or None .*, got 2"):
         prepare(None, 32, channels=2)

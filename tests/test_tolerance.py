@@ -21,9 +21,7 @@ def test_errors_do_not_underflow_or_overflow():
     assert errors(1e200 * torch.ones(4, dtype=torch.float64), torch.zeros(4)).rms == pytest.approx(1e200)
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [(1.0, 2**-23), (1.99, 2**-23), (2.0, 2**-22), (0.75, 2**-24)]
-)
+@pytest.mark.parametrize(("value", "expected"), [(1.0, 2**-23), (1.99, 2**-23), (2.0, 2**-22), (0.75, 2**-24)])
 def test_ulp(value, expected):
     assert ulp(value, torch.float32) == expected
 
@@ -52,9 +50,7 @@ def test_one_wrong_element_among_many_fails_by_the_maximum():
 def test_the_ulp_is_granted_to_the_maximum_only():
     truth = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     own = truth.float()
-    assert (
-        misses(own + torch.tensor([2**-23, 0, 0, 0]), own, truth) is not None
-    )  # RMS of an exact result is 0
+    assert misses(own + torch.tensor([2**-23, 0, 0, 0]), own, truth) is not None  # RMS of an exact result is 0
     rough = own + 2**-22
     assert misses(own + torch.tensor([5 * 2**-23, 0, 0, 0]), rough, truth) is None
 
@@ -72,9 +68,7 @@ def test_a_nan_or_infinity_where_the_truth_is_finite_fails(bad):
     assert misses(got, OWN, TRUTH) is not None
 
 
-@pytest.mark.parametrize(
-    ("own", "got", "right"), [("nan", "nan", True), ("inf", "inf", True), ("inf", "-inf", False)]
-)
+@pytest.mark.parametrize(("own", "got", "right"), [("nan", "nan", True), ("inf", "inf", True), ("inf", "-inf", False)])
 def test_non_finite_results_must_be_pytorch_s(own, got, right):
     truth, mine, theirs = TRUTH.clone(), OWN.clone(), OWN.clone()
     truth[7], theirs[7], mine[7] = float(own), float(own), float(got)

@@ -6,9 +6,9 @@ real = next(batches)  # [32, 3, 64, 64] in [-1, 1]
 """
 
 from fastgan.data.batches import Batches
-from fastgan.data.cache import PreparedImages
+from fastgan.data.cache import DataWarning, PreparedImages
 from fastgan.data.decode import CROPS
 from fastgan.data.pixels import to_uint8
 from fastgan.data.preparation import prepare
 
-__all__ = ["CROPS", "Batches", "PreparedImages", "prepare", "to_uint8"]
+__all__ = ["CROPS", "Batches", "DataWarning", "PreparedImages", "prepare", "to_uint8"]

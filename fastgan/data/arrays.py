@@ -108,9 +108,7 @@ def idx_source(path: Path, labels: Path | None = None, name: str | None = None) 
             with stored.stream as stream:
                 data = stream.read()
         if len(data) != math.prod(stored.shape):
-            raise DataError(
-                f"{labels} is cut short: its header promises {stored.shape} labels, {len(data)} follow"
-            )
+            raise DataError(f"{labels} is cut short: its header promises {stored.shape} labels, {len(data)} follow")
         values = np.frombuffer(data, np.uint8).reshape(stored.shape)
     with _explained(str(path)):
         stored = open_idx(path)
@@ -132,9 +130,7 @@ def open_idx(path: Path) -> Stored:
     sizes = stream.read(4 * head[3])
     if head[2] != 8 or len(sizes) < 4 * head[3]:
         stream.close()
-        raise ValueError(
-            "only unsigned bytes (type 8) are read" if head[2] != 8 else "it ends inside its header"
-        )
+        raise ValueError("only unsigned bytes (type 8) are read" if head[2] != 8 else "it ends inside its header")
     return Stored(tuple(np.frombuffer(sizes, ">i4").tolist()), np.dtype(np.uint8), stream)
 
 
@@ -150,8 +146,7 @@ def npz_source(path: Path) -> ArraySource:
         images = next((key for key in _IMAGE_KEYS if key in names), None)
         if images is None:
             raise DataError(
-                f"{path}: expected images under one of the names {', '.join(_IMAGE_KEYS)}, "
-                f"found {', '.join(names)}"
+                f"{path}: expected images under one of the names {', '.join(_IMAGE_KEYS)}, found {', '.join(names)}"
             )
         labels = None
         key = next((key for key in _LABEL_KEYS if key in names), None)
@@ -171,9 +166,7 @@ def _open_npy(stream: IO[bytes]) -> Stored:
     version = np.lib.format.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"the .npy format {version[0]}.{version[1]} is not read")
-    read_header = (
-        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    )
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read_header(stream)
     if fortran_order and len(shape) > 1:
         raise ValueError("it is stored in Fortran order; save np.ascontiguousarray(images)")
@@ -218,11 +211,7 @@ def _idx_labels_beside(images: Path) -> Path | None:
         return None
     plain = name.removesuffix(".gz")
     return next(
-        (
-            p
-            for p in (images.with_name(name), images.with_name(plain), images.with_name(plain + ".gz"))
-            if p.is_file()
-        ),
+        (p for p in (images.with_name(name), images.with_name(plain), images.with_name(plain + ".gz")) if p.is_file()),
         None,
     )
 

@@ -61,9 +61,7 @@ class Batches(Iterator[Tensor]):
                 f"got {batch_size}"
             )
         if not 1 <= crop_size <= side:
-            raise DataError(
-                f"crop_size: expected 1 to {side}, the side of the prepared images, got {crop_size}"
-            )
+            raise DataError(f"crop_size: expected 1 to {side}, the side of the prepared images, got {crop_size}")
         if seed < 0:
             raise DataError(f"seed: expected a whole number >= 0, got {seed}")
         self.position = 0
@@ -120,9 +118,7 @@ class Batches(Iterator[Tensor]):
                 "and crop"
             )
         if state["batch_size"] != self.batch_size:
-            raise DataError(
-                f"batch_size: the run was trained with {state['batch_size']}, got {self.batch_size}"
-            )
+            raise DataError(f"batch_size: the run was trained with {state['batch_size']}, got {self.batch_size}")
         self._cancel()
         self.position, self.seed = state["position"], state["seed"]
 
@@ -157,9 +153,7 @@ class Batches(Iterator[Tensor]):
         if self._order is None or self._order[:2] != (seed, epoch):
             self._order = seed, epoch, epoch_order(seed, epoch, len(self._images))
         chosen = self._order[2][batch * self.batch_size :][: self.batch_size]
-        bits = np.random.PCG64(np.random.SeedSequence([seed, _AUGMENT, position])).random_raw(
-            (3, self.batch_size)
-        )
+        bits = np.random.PCG64(np.random.SeedSequence([seed, _AUGMENT, position])).random_raw((3, self.batch_size))
         shape = (self.batch_size, self._crop_size, self._crop_size, self._images.shape[3])
         staged = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         pixels = staged.numpy()

@@ -29,6 +29,10 @@ _STALE_SECONDS = 24 * 3600
 _BLOCK_BYTES = 16 * 2**20
 
 
+class DataWarning(UserWarning):
+    """Images can be used, but not quite as someone may expect: some skipped, some enlarged, nothing cached."""
+
+
 @dataclass(frozen=True)
 class PreparedImages:
     """Decoded images of one size, ready to be drawn from."""
@@ -116,11 +120,11 @@ def cached(
     """
     chosen = cache_dir or os.environ.get("FASTGAN_CACHE")
     root = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fastgan"
-    entry = root / key
+    entry = root / f"images-{key}"  # compiled code is cached in the same folder
     found = _load(entry)
     if found is not None:
         return found
-    temporary = root / f".{key}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = root / f".{entry.name}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_stale(root)
@@ -129,9 +133,8 @@ def cached(
         problem = f"the cache folder {root} cannot be written to ({error.strerror})"
         if chosen:
             raise DataError(f"{problem}; choose another one, or leave the choice to fastgan") from error
-        warnings.warn(
-            f"{problem}; images are decoded anew in each run until FASTGAN_CACHE names one", stacklevel=3
-        )
+        advice = "images are decoded anew in each run until FASTGAN_CACHE names another"
+        warnings.warn(f"{problem}; {advice}", DataWarning, stacklevel=3)
         with _room(Path(tempfile.gettempdir()), needed), tempfile.TemporaryFile() as file:
             return build(file)
     try:
@@ -165,9 +168,7 @@ def _load(entry: Path) -> PreparedImages | None:
 
 def _save(folder: Path, prepared: PreparedImages) -> None:
     """Write what stands beside the images, and see that all of it is on disk."""
-    meta: dict[str, Any] = {
-        name: value for name, value in vars(prepared).items() if name not in ("images", "labels")
-    }
+    meta: dict[str, Any] = {name: value for name, value in vars(prepared).items() if name not in ("images", "labels")}
     meta |= {"shape": prepared.images.shape, "labelled": prepared.labels is not None}
     if prepared.labels is not None:
         with open(folder / _LABELS, "xb") as file:
@@ -219,7 +220,7 @@ def _room(folder: Path, needed: int) -> Iterator[None]:
 
 def _remove_stale(root: Path) -> None:
     """Clear away what killed processes left behind, once it is a day old."""
-    for left in root.glob(".*-*-*"):
+    for left in root.glob(".images-*"):
         try:
             newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
             if time.time() - newest > _STALE_SECONDS:

@@ -5,9 +5,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-CROPS = ("center", "random", "stretch")
+CROPS = ("center", "random", "none")
 """center: the largest centred square. random: the same, kept 1/8 larger, and cut at a random place each time
-the image is shown. stretch: the whole image, its aspect ratio ignored."""
+the image is shown. none: the whole image, its aspect ratio ignored."""
 
 # fmt: off
 SUFFIXES = frozenset((
@@ -53,9 +53,7 @@ def open_image(file: str | BinaryIO) -> Image.Image:
     return image
 
 
-def square(
-    pixels: Image.Image | np.ndarray, side: int, channels: int | None, crop: str
-) -> tuple[np.ndarray, bool]:
+def square(pixels: Image.Image | np.ndarray, side: int, channels: int | None, crop: str) -> tuple[np.ndarray, bool]:
     """Cut and resize one image to uint8 [side, side, C]; also says whether it had to be enlarged.
 
     C is `channels`, or with `channels=None` 1 for an image without colour and 3 otherwise. Transparent parts
@@ -74,7 +72,7 @@ def square(
     plain = plain.resize(
         (side, side),
         Image.Resampling.BICUBIC if enlarged else Image.Resampling.LANCZOS,
-        box=None if crop == "stretch" else _centred(*plain.size),
+        box=None if crop == "none" else _centred(*plain.size),
         reducing_gap=3.0,
     )
     if orientation in _UPRIGHT:

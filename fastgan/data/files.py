@@ -163,11 +163,7 @@ def _is_image(*parts: str) -> bool:
 
 
 def _stays_inside(name: str) -> bool:
-    return not (
-        name.startswith(("/", "\\"))
-        or ":" in name.split("/")[0]
-        or ".." in name.replace("\\", "/").split("/")
-    )
+    return not (name.startswith(("/", "\\")) or ":" in name.split("/")[0] or ".." in name.replace("\\", "/").split("/"))
 
 
 def _no_images(name: str, ignored: Counter[str]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastgan.data.arrays import idx_source, npy_source, npz_source
-from fastgan.data.cache import FORMAT, PreparedImages, Store, cached
+from fastgan.data.cache import FORMAT, DataWarning, PreparedImages, Store, cached
 from fastgan.data.decode import CROPS, square, stored_side
 from fastgan.data.files import FolderSource, ZipSource
 from fastgan.data.sources import Item, Source
@@ -44,14 +44,14 @@ def prepare(
     image_size: side of the square images in pixels, 1 to 4096.
     channels: 1, 3 or 4; None takes 1 if no image has colour, else 3.
     crop: "center" (largest centred square), "random" (the same, but S is 1/8 larger than image_size and
-    `Batches` cuts at random), "stretch" (whole image, aspect ratio ignored).
+    `Batches` cuts at random), "none" (whole image, aspect ratio ignored).
     cache_dir: default $FASTGAN_CACHE, else ~/.cache/fastgan.
     progress: called as progress(done, total) while decoding, with numbers of images.
 
     Images keep the order of their sorted paths. They are turned as their EXIF orientation says; transparency
     is laid over white unless 4 channels are asked for; 16 bits are rounded to 8; of animations the first
-    frame counts; colour profiles are ignored. Files that cannot be read are skipped, listed in `skipped` and
-    warned about, as are images that had to be enlarged.
+    frame counts; colour profiles are ignored. Files that cannot be read are skipped and listed in
+    `skipped`; a DataWarning says so, and another how many images had to be enlarged.
 
     Raises DataError: nothing usable in the source, an unknown argument value, a cache that cannot be written.
     """
@@ -76,9 +76,7 @@ def prepare(
                 if progress and (done % 64 == 0 or done == len(opened)):
                     progress(done, len(opened))
         if len(skipped) == len(opened):
-            raise DataError(
-                f"none of the {len(opened)} images in {opened.name} can be read; {_examples(skipped)}"
-            )
+            raise DataError(f"none of the {len(opened)} images in {opened.name} can be read; {_examples(skipped)}")
         images, labels, fingerprint = store.finish()
         return PreparedImages(
             images=images,
@@ -98,12 +96,14 @@ def prepare(
         warnings.warn(
             f"{len(prepared.skipped)} of {len(opened)} images in {prepared.source} cannot be read and "
             f"are left out; {_examples(prepared.skipped)}",
+            DataWarning,
             stacklevel=2,
         )
     if prepared.enlarged:
         warnings.warn(
             f"{prepared.enlarged} of {len(prepared)} images in {prepared.source} are smaller than "
             f"{side} x {side} pixels and were enlarged; a smaller image size shows them as they are",
+            DataWarning,
             stacklevel=2,
         )
     return prepared
@@ -135,14 +135,8 @@ def open_source(source: str | os.PathLike | None) -> Source:
 
 
 def _check_arguments(image_size: int, channels: int | None, crop: str) -> None:
-    if (
-        not isinstance(image_size, int)
-        or isinstance(image_size, bool)
-        or not 1 <= image_size <= MAX_IMAGE_SIZE
-    ):
-        raise DataError(
-            f"image_size: expected a whole number of pixels from 1 to {MAX_IMAGE_SIZE}, got {image_size!r}"
-        )
+    if not isinstance(image_size, int) or isinstance(image_size, bool) or not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise DataError(f"image_size: expected a whole number of pixels from 1 to {MAX_IMAGE_SIZE}, got {image_size!r}")
     if channels not in (None, 1, 3, 4):
         raise DataError(f"channels: expected 1, 3, 4 or None (decided from the images), got {channels!r}")
     if crop not in CROPS:

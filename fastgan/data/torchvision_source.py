@@ -45,9 +45,7 @@ class TorchvisionSource:
             sample = self._data[index]
             image, label = sample if isinstance(sample, tuple) and len(sample) == 2 else (sample, -1)
             if not isinstance(image, Image.Image):
-                raise DataError(
-                    f"{name}: expected a PIL image, got {type(image).__name__}; it is no image data set"
-                )
+                raise DataError(f"{name}: expected a PIL image, got {type(image).__name__}; it is no image data set")
             known = isinstance(label, int) and 0 <= label < len(self.classes)
             yield Item(name, label if known else -1, partial(_padded, image))
 
@@ -63,9 +61,7 @@ def _data_set_class(name: str) -> Any:
     try:
         from torchvision import datasets
     except ImportError as error:
-        raise DataError(
-            f"{PREFIX}{name} needs torchvision ({error}); pip install 'fastgan[torchvision]'"
-        ) from error
+        raise DataError(f"{PREFIX}{name} needs torchvision ({error}); pip install 'fastgan[torchvision]'") from error
     known = [n for n in datasets.__all__ if not n.endswith("Folder") and n != "VisionDataset"]
     if name not in known:
         raise DataError(f"torchvision has no data set {name!r}; it has {', '.join(sorted(known))}")

@@ -1,7 +1,7 @@
 """The DCGAN networks (Radford, Metz, Chintala, 2016, arXiv:1511.06434).
 
-Both are one `ConvStack` (a `nn.Sequential`) called `main` with the module order of PyTorch's stock DCGAN example, so at 64 pixels
-a `state_dict` moves between the two unchanged.
+Both are one `ConvStack` (an `nn.Sequential` that fuses) called `main` with the module order of PyTorch's stock DCGAN
+example, so at 64 pixels a `state_dict` moves between the two unchanged.
 """
 
 from collections.abc import Callable

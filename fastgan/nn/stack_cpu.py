@@ -15,23 +15,20 @@ from torch import Tensor, nn
 from fastgan import library
 from fastgan.backends import count
 from fastgan.errors import BackendError
+from fastgan.nn.blocks import batch_norm_arguments
 from fastgan.nn.stack import Block
 
 _PARAMETERS = 4  # of a block: weight, bias, BatchNorm's weight and bias
 
 
 @cache
-def why_not(forced_or_float32: bool) -> str | None:
+def why_not() -> str | None:
     """Why the kernels are not used on this machine; None: they are."""
-    if not forced_or_float32:
-        return "float64 takes the kernels only when backend 'cpu' is asked for"
     try:
         library.load("cpu")
     except BackendError as error:
         return str(error)
-    if torch.ops.fastgan_cpu.instruction_set() == "plain":
-        return "this processor has no AVX2"
-    return None
+    return "this processor has no AVX2" if torch.ops.fastgan_cpu.instruction_set() == "plain" else None
 
 
 class Norm(NamedTuple):
@@ -70,8 +67,9 @@ class Operand(NamedTuple):
 def run_blocks(blocks: list[Block], input: Tensor) -> Tensor:
     """The blocks one after the other, as `nn.Sequential` would run them."""
     parameters: list[Tensor | None] = []
-    for conv, norm, _ in blocks:
-        parameters += [conv.weight, conv.bias, *((norm.weight, norm.bias) if norm is not None else (None, None))]
+    for block in blocks:
+        parameters += [block.conv.weight, block.conv.bias]
+        parameters += [None, None] if block.norm is None else [block.norm.weight, block.norm.bias]
     return _Blocks.apply([_step(block) for block in blocks], input, *parameters)
 
 
@@ -86,16 +84,8 @@ def _step(block: Block) -> Step:
 
 
 def _norm(norm: nn.BatchNorm2d) -> Norm:
-    by_batch = norm.training or norm.running_mean is None
-    updates = norm.training and norm.track_running_stats and norm.running_mean is not None
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if updates and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    if not by_batch or updates:
-        return Norm(by_batch, norm.eps, momentum, norm.running_mean, norm.running_var)
-    return Norm(True, norm.eps, momentum, None, None)
+    by = batch_norm_arguments(norm)
+    return Norm(by["training"], by["eps"], by["momentum"], by["running_mean"], by["running_var"])
 
 
 class _Blocks(torch.autograd.Function):
@@ -233,9 +223,8 @@ def _weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Te
         return [None, None]
     if step.halves:
         large, small = (gradient, operand) if step.transposed else (operand, gradient)
-        if _own_weight_gradient(weight):
-            count("cpu", "weight_gradient")
-            return [torch.ops.fastgan_cpu.weight_gradient(*large, *small, _AUTOMATIC), None]
+        count("cpu", "weight_gradient")
+        return [torch.ops.fastgan_cpu.weight_gradient(*large, *small, _AUTOMATIC), None]
     return _library_backward(step, _applied(operand), gradient, weight, (False, *needed))[1:]
 
 
@@ -253,10 +242,6 @@ def _own(to_large: bool, value: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is taken, or the library: its thin first convolution is as fast as memory allows."""
     size = value.shape[2:]
     return (to_large or weight.shape[1] > 4) and min(size) >= (1 if to_large else 2)
-
-
-def _own_weight_gradient(weight: Tensor) -> bool:
-    return True
 
 
 def _own_convolution(

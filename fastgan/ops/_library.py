@@ -75,20 +75,13 @@ def gradient_of_gradient(
     with torch.enable_grad():
         leaves = [None if t is None else _leaf(t, dtype, linked) for t in given]
         first, *inputs = leaves
-        pairs = [
-            (x, c.to(dtype))
-            for x, c in zip(inputs, cotangents, strict=True)
-            if x is not None and c is not None
-        ]
+        pairs = [(x, c.to(dtype)) for x, c in zip(inputs, cotangents, strict=True) if x is not None and c is not None]
         sources = [x for x, want in zip(leaves, wanted, strict=True) if x is not None and want]
         if not pairs or not sources:
             return [None for _ in given]
         gradients = _gradients([definition(*inputs)], [x for x, _ in pairs], [first], linked=True)
         second = iter(_gradients(gradients, sources, [c for _, c in pairs], linked))
-    return [
-        next(second).to(t.dtype) if t is not None and want else None
-        for t, want in zip(given, wanted, strict=True)
-    ]
+    return [next(second).to(t.dtype) if t is not None and want else None for t, want in zip(given, wanted, strict=True)]
 
 
 def _leaf(tensor: Tensor, dtype: torch.dtype, linked: bool) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, requested, run
+from fastgan.backends import choose, count, requested, run, takes_definition
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
@@ -58,14 +58,10 @@ def bn_act(
     """
     _check(input, running_mean, running_var, weight, bias, training)
     backend = requested(backend)
-    if backend == "eager" or input.numel() == 0:
-        return _definition(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
-        )
-    if not torch.compiler.is_compiling() and choose("bn_act", input, backend) == "eager":
-        return _definition(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, negative_slope
-        )
+    if input.numel() == 0 or takes_definition("bn_act", input, backend):
+        count("eager", "bn_act")
+        v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return activation(v, negative_slope)
     input = dense(input)
     if not training:
         return torch.ops.fastgan.bn_act_eval(
@@ -78,19 +74,50 @@ def bn_act(
     return z
 
 
-def _definition(input, running_mean, running_var, weight, bias, training, momentum, eps, slope) -> Tensor:
-    """The operation in plain PyTorch: what every kernel is checked against. In place, as a careful user
-    would."""
-    count("eager", "bn_act")
-    v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return activation(v, slope)
+def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Tensor:
+    """The activation of a block without BatchNorm; `input` is overwritten where eager runs (nobody else may
+    read it).
+
+    Other backends run bn_act's kernels with mean 0, variance 1 and no parameters, which leave v = y bit for
+    bit.
+    """
+    if negative_slope == 1:
+        return input
+    backend = requested(backend)
+    if input.numel() == 0 or takes_definition("bn_act", input, backend):
+        count("eager", "act")
+        return activation(input, negative_slope)
+    return torch.ops.fastgan.bn_act_eval(dense(input), None, None, None, None, 0.0, negative_slope, backend)
+
+
+def block_end(
+    y: Tensor,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    *,
+    training,
+    momentum,
+    eps,
+    negative_slope,
+    batch_norm,
+    backend,
+) -> Tensor:
+    """What follows a block's convolution: `bn_act`, or `act` where the block has no BatchNorm."""
+    if batch_norm:
+        return bn_act(
+            y, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
+            negative_slope=negative_slope, backend=backend,
+        )  # fmt: skip
+    if any(t is not None for t in (running_mean, running_var, weight, bias)):
+        raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
+    return act(y, negative_slope, backend)
 
 
 def _check(input, running_mean, running_var, weight, bias, training) -> None:
     if input.dim() < 2 or not input.is_floating_point():
-        raise ValueError(
-            f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}"
-        )
+        raise ValueError(f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}")
     channels = input.shape[1]
     for name, value in (
         ("running_mean", running_mean),
@@ -144,9 +171,7 @@ def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     name = choose("bn_act", input, backend)
     mean, m2 = run(name, "bn_stats", input)
     var = m2 / (input.numel() // input.shape[1])
-    z = run(
-        name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope
-    )
+    z = run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
     return z, mean, var
 
 
@@ -155,14 +180,10 @@ def _train_fake(input, weight, bias, eps, slope, backend):
     return torch.empty_like(dense(input)), stat, torch.empty_like(stat)
 
 
-def _eval(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend
-):
+def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend):
     input = dense(input)
     name = choose("bn_act", input, backend)
-    return run(
-        name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope
-    )
+    return run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
 
 
 def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
@@ -198,9 +219,7 @@ def _grad_fake(dz, input, weight, bias, mean, var, eps, slope, training, needs_i
     return torch.empty_like(dense(input)) if needs_input else input.new_empty(0), *grads
 
 
-def _first_gradient(
-    ctx, dz: Tensor | None, training: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if dz is None:
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -217,9 +236,7 @@ def _first_gradient(
 class _Train(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, eps, slope, backend):
-        z, mean, var = below_autograd(
-            torch.ops.fastgan.bn_act_train.default, input, weight, bias, eps, slope, backend
-        )
+        z, mean, var = below_autograd(torch.ops.fastgan.bn_act_train.default, input, weight, bias, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.mark_non_differentiable(mean, var)
@@ -234,9 +251,7 @@ class _Train(torch.autograd.Function):
 class _Eval(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, mean, var, eps, slope, backend):
-        z = below_autograd(
-            torch.ops.fastgan.bn_act_eval.default, input, weight, bias, mean, var, eps, slope, backend
-        )
+        z = below_autograd(torch.ops.fastgan.bn_act_eval.default, input, weight, bias, mean, var, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.set_materialize_grads(False)
@@ -251,9 +266,7 @@ class _Grad(torch.autograd.Function):
     """The gradient operation; its own gradient goes through the definition, and so does every higher one."""
 
     @staticmethod
-    def forward(
-        ctx, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend
-    ):
+    def forward(ctx, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend):
         ctx.save_for_backward(dz, input, weight, bias, mean, var)
         ctx.constants = (eps, slope, training, needs_input, needs_affine)
         ctx.set_materialize_grads(False)

@@ -24,13 +24,9 @@ def activation(v: Tensor, slope: float) -> Tensor:
 def dense(tensor: Tensor) -> Tensor:
     """The tensor itself if it is contiguous or channels-last, else its one copy to channels-last (4-D) or
     contiguous."""
-    if tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    ):
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
         return tensor
-    return tensor.contiguous(
-        memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-    )
+    return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:

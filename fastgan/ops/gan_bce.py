@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, define, requested, run
+from fastgan.backends import choose, count, define, requested, run, takes_definition
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 
 
@@ -48,22 +48,18 @@ def gan_bce(
             f"fake_logits {fake_logits.dtype} on {fake_logits.device}; expected the same"
         )
     backend = requested(backend)
-    by_definition = backend == "eager" or 0 in (
-        first.numel(),
-        1 if fake_logits is None else fake_logits.numel(),
-    )
-    if not by_definition and not torch.compiler.is_compiling():
-        by_definition = choose("gan_bce", first, backend) == "eager"
-    if by_definition:
+    empty = 0 in (first.numel(), 1 if fake_logits is None else fake_logits.numel())
+    if empty or takes_definition("gan_bce", first, backend):
         count("eager", "gan_bce")
-        stats = _definition(real_logits, fake_logits, real_target, fake_target)
-    else:
-        real = None if real_logits is None else real_logits.contiguous()
-        fake = None if fake_logits is None else fake_logits.contiguous()
-        stats = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)[0]
+        loss_real, d_real = _half(real_logits, real_target)
+        loss_fake, d_fake = _half(fake_logits, fake_target)
+        return loss_real, loss_fake, d_real, d_fake
+    real = None if real_logits is None else real_logits.contiguous()
+    fake = None if fake_logits is None else fake_logits.contiguous()
+    stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)
     loss_real, loss_fake, d_real, d_fake = stats.unbind()
-    real_half = (None, None) if real_logits is None else (loss_real, d_real.detach())
-    fake_half = (None, None) if fake_logits is None else (loss_fake, d_fake.detach())
+    real_half = (None, None) if real is None else (loss_real, d_real.detach())
+    fake_half = (None, None) if fake is None else (loss_fake, d_fake.detach())
     return real_half[0], fake_half[0], real_half[1], fake_half[1]
 
 
@@ -91,6 +87,22 @@ def _stat_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def _half(logits: Tensor | None, target: float) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The definition: mean loss and mean sigmoid of one half, in plain PyTorch."""
+    if logits is None:
+        return None, None
+    x = logits.to(_stat_dtype(logits))
+    return bce(x, target), x.detach().sigmoid().mean()
+
+
+def bce(logits: Tensor, target: float) -> Tensor:
+    """Binary cross-entropy of sigmoid(logits) against one `target` in [0, 1] for all, in plain PyTorch."""
+    loss = -target * F.logsigmoid(logits) if target else logits.new_zeros(())
+    if target != 1.0:
+        loss = loss - (1.0 - target) * F.logsigmoid(-logits)
+    return loss.mean()
+
+
 def _some(real: Tensor | None, fake: Tensor | None) -> Tensor:
     some = fake if real is None else real
     assert some is not None
@@ -98,18 +110,11 @@ def _some(real: Tensor | None, fake: Tensor | None) -> Tensor:
 
 
 def _definition(real: Tensor | None, fake: Tensor | None, real_target: float, fake_target: float) -> Tensor:
-    """[loss_real, loss_fake, D(x), D(G(z))] in plain PyTorch; zeros for an absent half."""
-    halves = []
-    for logits, target in ((real, real_target), (fake, fake_target)):
-        if logits is None:
-            some = _some(real, fake)
-            zero = some.new_zeros((), dtype=_stat_dtype(some))
-            halves.append((zero, zero))
-        else:
-            x = logits.to(_stat_dtype(logits))
-            loss = F.binary_cross_entropy_with_logits(x, torch.full_like(x, target))
-            halves.append((loss, x.detach().sigmoid().mean()))
-    return torch.stack([loss for loss, _ in halves] + [mean for _, mean in halves])
+    """[loss_real, loss_fake, D(x), D(G(z))]; zeros for an absent half."""
+    some = _some(real, fake)
+    zero = some.new_zeros((), dtype=_stat_dtype(some))
+    losses, means = zip(_half(real, real_target), _half(fake, fake_target), strict=True)
+    return torch.stack([zero if value is None else value for value in (*losses, *means)])
 
 
 def _eager(real: Tensor | None, fake: Tensor | None, real_target: float, fake_target: float):
@@ -137,10 +142,7 @@ def _forward(real, fake, real_target, fake_target, backend):
 def _forward_fake(real, fake, real_target, fake_target, backend):
     first = _some(real, fake)
     dtype = _stat_dtype(first)
-    grads = (
-        first.new_empty(0, dtype=dtype) if x is None else torch.empty_like(x, dtype=dtype)
-        for x in (real, fake)
-    )
+    grads = (first.new_empty(0, dtype=dtype) if x is None else torch.empty_like(x, dtype=dtype) for x in (real, fake))
     return first.new_empty(4, dtype=dtype), *grads
 
 

@@ -201,6 +201,13 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def seed_all(seed: int) -> None:
+    """Start every global random state from `seed`: a run must not depend on what ran before it in the process."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global state is what is meant
+
+
 def random_states(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All global random states: tensors (torch, CUDA, NumPy) and plain values (Python, the rest of NumPy's)."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - the global state is what must be saved

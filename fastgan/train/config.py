@@ -48,9 +48,9 @@ class TrainConfig:
     cache: Path | None = None
     """folder for prepared data sets [default: FASTGAN_CACHE or ~/.cache/fastgan]"""
 
-    batch_size: int = 64
+    batch_size: int = 32
     """images per step"""
-    kimg: float = 200.0
+    kimg: float = 140.0
     """length of training in thousands of real images shown"""
     seed: int = 0
     """of weights, latents and the order of the images"""
@@ -61,9 +61,9 @@ class TrainConfig:
     backend: str = "auto"
     """of the fused operations: auto, or one that `python -m fastgan.info` lists"""
 
-    latent_dim: int = 64
+    latent_dim: int = 16
     """length of a latent"""
-    g_channels: int = 16
+    g_channels: int = 24
     """width of the generator's last hidden layer; deeper layers are up to 8 times as wide"""
     d_channels: int = 16
     """width of the discriminator's first layer; deeper layers are up to 8 times as wide"""
@@ -87,32 +87,32 @@ class TrainConfig:
 
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """of both networks"""
-    lr_g: float = 1e-3
+    lr_g: float = 8e-3
     """learning rate of the generator"""
-    lr_d: float = 1e-3
+    lr_d: float = 4e-3
     """learning rate of the discriminator"""
     beta1: float = 0.5
     """decay of Adam's first moment; momentum of SGD"""
-    beta2: float = 0.999
+    beta2: float = 0.99
     """decay of Adam's second moment"""
     weight_decay: float = 0.0
     """decoupled with adamw, added to the gradient with adam and sgd"""
-    warmup_kimg: float = 0.0
+    warmup_kimg: float = 2.0
     """learning rates rise linearly over this many thousand images"""
-    lr_decay: Literal["none", "cosine"] = "none"
+    lr_decay: Literal["none", "cosine"] = "cosine"
     """learning rates after the warm-up: constant, or a half cosine down to 0 at --kimg"""
     clip_grad: float | None = None
     """largest norm of a network's gradient"""
-    ema_kimg: float = 2.0
+    ema_kimg: float = 10.0
     """half-life of the generator's moving average in thousands of images"""
     ema_rampup: float = 0.05
     """early on the half-life is at most this share of the images shown; 0 is off"""
 
     report_kimg: float = 5.0
     """thousands of images from one line of log.jsonl to the next"""
-    sample_kimg: float = 20.0
+    sample_kimg: float = 14.0
     """thousands of images from one sample grid to the next"""
-    checkpoint_kimg: float = 50.0
+    checkpoint_kimg: float = 35.0
     """thousands of images from one checkpoint to the next; the last two are kept"""
     tensorboard: bool = False
     """also write events for `tensorboard --logdir runs`"""
@@ -172,6 +172,9 @@ _PHOTOS: dict[str, Any] = {
     "d_channels": 64,
     "lr_g": 2e-4,
     "lr_d": 2e-4,
+    "beta2": 0.999,
+    "warmup_kimg": 0.0,
+    "lr_decay": "none",
     "batch_size": 64,
     "ema_kimg": 10.0,
     "report_kimg": 4.0,

@@ -3,8 +3,9 @@
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgan import images, optim
-from fastgan.data import Batches, PreparedImages, prepare, to_uint8
+from fastgan.backends import use_backend, why_not
+from fastgan.data import Batches, DataWarning, PreparedImages, prepare, to_uint8
 from fastgan.ema import Ema
-from fastgan.errors import CheckpointError, FastganError
+from fastgan.errors import BackendError, CheckpointError, FastganError
 from fastgan.nn import Discriminator
 from fastgan.sample import build_generator, draw_latents
 from fastgan.step import GanStep
@@ -26,6 +28,7 @@ from fastgan.train.progress import Progress, duration
 from fastgan.versions import device_name, versions
 
 GRID = 64  # fixed latents whose images are followed through training
+REPORT_SECONDS = 20.0  # report.html is drawn at checkpoints, but no more often than this
 
 
 class Diverged(FastganError):
@@ -55,9 +58,10 @@ class Trainer:
         self.console = console or Console(highlight=False)
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
+        check_backend(config.backend, self.device, self.precision)
         self.data = _prepare(config, self.console)
-        _check_data(config, self.data)
-        torch.manual_seed(config.seed)
+        self.batches = Batches(self.data, config.batch_size, seed=config.seed, flip=config.flip, device=self.device)
+        checkpoint.seed_all(config.seed)
         channels = self.data.channels
         self.generator = build_generator(config, channels)
         self.discriminator = Discriminator(
@@ -95,15 +99,8 @@ class Trainer:
             autocast=None if self.precision == torch.float32 else self.precision,
             scaler=self.scaler,
         )
-        self.batches = Batches(
-            self.data,
-            config.batch_size,
-            seed=config.seed,
-            flip=config.flip,
-            crop_size=config.image_size if config.crop == "random" else None,
-            device=self.device,
-        )
         self.fixed_latents = draw_latents(GRID, config.latent_dim, config.seed).to(self.device)
+        self._layers: list[tuple[str, ...]] | None = None
         self.seconds = 0.0  # spent in training steps, over all sessions of the run
         if config.resume is not None:
             self.run_folder = _run_of(config.resume)
@@ -130,8 +127,13 @@ class Trainer:
             self._save()  # shows at once whether the disk takes it, and a run can be resumed from its first second
         log = Log(self.run_folder, self.step.steps, self.config.tensorboard)
         window = _Window()
+        reported = -math.inf
         try:
-            with Progress(self.console, self.config.kimg) as progress, _catch_signals() as caught:
+            with (
+                use_backend(self.config.backend) if self.config.backend != "auto" else nullcontext(),
+                Progress(self.console, self.config.kimg) as progress,
+                _catch_signals() as caught,
+            ):
                 while self.kimg < self.config.kimg:
                     self._train_step(window)
                     stopping = list(caught)  # looked at once: a signal may come at any moment
@@ -144,15 +146,18 @@ class Trainer:
                         self._sample()
                     if last or self._due(self.config.checkpoint_kimg):
                         saved = self._save()
+                        if last or time.monotonic() - reported > REPORT_SECONDS:
+                            self._write_html()
+                            reported = time.monotonic()
                         if stopping:
                             raise Interrupted(stopping[0], saved)
         finally:
             log.close()
             self.batches.close()
-        self._write_html()
         self.console.print(
             f"{self.run_folder}: done after {duration(self.seconds)} of training. "
-            f"Open {self.run_folder / 'report.html'}"
+            f"Open {self.run_folder / 'report.html'}",
+            soft_wrap=True,
         )
         return self.run_folder
 
@@ -247,8 +252,6 @@ class Trainer:
             "versions": versions(),
         }
         path = checkpoint.write(self.run_folder, self.step.steps, tensors, header)
-        if self.step.steps:
-            self._write_html()
         return path
 
     def _load(self, source: Path) -> None:
@@ -290,15 +293,13 @@ class Trainer:
             + f"\nrun        {self.run_folder}",
             soft_wrap=True,
         )
-        for file, reason in data.skipped[:5]:
-            self.console.print(f"skipped    {file}: {reason}", soft_wrap=True)
-        if len(data.skipped) > 5:
-            self.console.print(f"skipped    and {len(data.skipped) - 5} more")
 
     def _write_html(self) -> None:
-        from fastgan.train.report import write_report
+        from fastgan.train.report import layer_rows, write_report
 
-        write_report(self.run_folder, self)
+        if self._layers is None:  # the same throughout a run
+            self._layers = layer_rows(self)
+        write_report(self.run_folder, self, self._layers)
 
 
 class _Window:
@@ -363,6 +364,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
+def check_backend(name: str, device: torch.device, precision: torch.dtype) -> None:
+    """Raise BackendError where the backend that was asked for cannot run; the words are those of `fastgan.info`."""
+    if name != "auto" and (reason := why_not(name, device=device.type, dtype=precision)) is not None:
+        raise BackendError(f"--backend: {reason}")
+
+
 def make_run_folder(config: TrainConfig) -> Path:
     """Create `config.out`, or the next free runs/NNNNN-name; FastganError where something is there already."""
     if config.out is not None:
@@ -392,10 +399,20 @@ def _run_of(resume: Path) -> Path:
     return checkpoint.resolve(resume).parent.parent
 
 
+@contextmanager
+def _notes(console: Console) -> Iterator[None]:
+    """Print what the data part warns of (files left out, images enlarged, no cache) as plain lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        yield
+    for warning in caught:
+        console.print(f"note       {warning.message}", soft_wrap=True)
+
+
 def _prepare(config: TrainConfig, console: Console) -> PreparedImages:
     from rich.progress import Progress as Bar
 
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar, _notes(console):
         task = bar.add_task("preparing images", total=None)
         return prepare(
             config.data,
@@ -404,12 +421,4 @@ def _prepare(config: TrainConfig, console: Console) -> PreparedImages:
             crop=config.crop,
             cache_dir=config.cache,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-
-
-def _check_data(config: TrainConfig, data: PreparedImages) -> None:
-    if len(data) < config.batch_size:
-        raise FastganError(
-            f"--batch-size: {config.batch_size} is more than the {len(data)} images of {data.source}; "
-            f"take --batch-size {2 ** int(math.log2(max(len(data), 2)))} or more images"
         )

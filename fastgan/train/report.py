@@ -11,9 +11,11 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from fastgan import images
+from fastgan.explanation import explain
 from fastgan.train.log import read_log
 from fastgan.train.progress import duration
 from fastgan.versions import device_name, versions
@@ -40,15 +42,16 @@ _PAGE = Template("""<!doctype html>
 <h2>Curves</h2>$curves
 <p class="note">Healthy: both losses stay within a band and D(x) stays above D(G(z)) without either reaching 0 or 1.
 Collapsing: the generator's loss climbs while D(G(z)) falls to 0.</p>
-<h2>Layers</h2><table><tr><th>network</th><th>layer</th><th>shape of output</th><th>backend</th></tr>$layers</table>
+<h2>Layers</h2><table><tr><th>network</th><th>layer</th><th>operation</th><th>shape</th><th>backend</th><th>why</th></tr>
+$layers</table>
 <h2>Configuration</h2><div class="columns"><table>$config</table></div>
 <h2>Versions</h2><table>$versions</table>
 </body></html>
 """)
 
 
-def write_report(run: Path, trainer: "Trainer") -> None:
-    """Write `run/report.html` from the run's log, samples and configuration; readers never see half a file."""
+def write_report(run: Path, trainer: "Trainer", layers: list[tuple[str, ...]]) -> None:
+    """Write `run/report.html`, whole or not at all, from the run's log, samples, configuration and `layer_rows`."""
     entries = read_log(run)
     grids = sorted((run / "samples").glob("kimg-*.png"))
     last: Mapping[str, Any] = entries[-1] if entries else {}
@@ -64,7 +67,7 @@ def write_report(run: Path, trainer: "Trainer") -> None:
         evolution=_evolution(grids),
         moments=", ".join(f"{_kimg_of(path):g} kimg" for path in _chosen(grids)) or "none yet",
         curves=_curves(entries) if entries else "none yet",
-        layers=_rows(layer_rows(trainer)),
+        layers=_rows(layers),
         config=_rows(trainer.config.to_json().items()),
         versions=_rows(versions().items()),
     )
@@ -76,13 +79,19 @@ def write_report(run: Path, trainer: "Trainer") -> None:
         temporary.unlink(missing_ok=True)
 
 
-def layer_rows(trainer: "Trainer") -> list[tuple[str, str, str, str]]:
-    """(network, layer, output shape for one image, backend) of each layer with parameters."""
-    rows = []
-    for title, network in (("generator", trainer.generator), ("discriminator", trainer.discriminator)):
-        for name, module in network.named_modules():
-            if not list(module.children()) and list(module.parameters(recurse=False)):
-                rows.append((title, f"{name} {type(module).__name__}", "", "eager"))
+def layer_rows(trainer: "Trainer") -> list[tuple[str, ...]]:
+    """(network, layer, operation, input shape, backend, why) of each fused operation in a training step."""
+    size, batch = trainer.config.image_size, trainer.config.batch_size
+    images_like = torch.zeros(batch, trainer.data.channels, size, size, device=trainer.device)
+    latents = torch.zeros(batch, trainer.config.latent_dim, device=trainer.device)
+    rows: list[tuple[str, ...]] = []
+    for title, network, sample in (
+        ("generator", trainer.generator, latents),
+        ("discriminator", trainer.discriminator, images_like.contiguous(memory_format=torch.channels_last)),
+    ):
+        for layer in explain(network, sample, None if trainer.config.backend == "auto" else trainer.config.backend):
+            shape = " x ".join(map(str, layer.shape))
+            rows.append((title, layer.name, layer.operation, shape, layer.decision.backend, layer.decision.reason))
     return rows
 
 

@@ -29,9 +29,7 @@ class Layer(NamedTuple):
         return f"{head} -> {self.decision.backend} ({self.decision.reason})"
 
 
-def explain(
-    module_or_operation: torch.nn.Module | str, input: Tensor, backend: str | None = None
-) -> list[Layer]:
+def explain(module_or_operation: torch.nn.Module | str, input: Tensor, backend: str | None = None) -> list[Layer]:
     """Which backend each fused operation takes for `input`, and why: `print(*explain(net, x), sep="\\n")`.
 
     Args:
@@ -49,7 +47,8 @@ def explain(
 
     def note(operation: str, tensor: Tensor, decision: Decision) -> None:
         layout = backends.layout(tensor)
-        layers.append(Layer(names[-1], operation, tuple(tensor.shape), tensor.dtype, layout, decision))
+        name = ".".join(filter(None, (names[-1], backends.layer)))
+        layers.append(Layer(name, operation, tuple(tensor.shape), tensor.dtype, layout, decision))
 
     if isinstance(module_or_operation, str):
         if module_or_operation not in backends.operations:
@@ -66,13 +65,16 @@ def explain(
         names.pop()
 
     module = deepcopy(module_or_operation)
+    backends.enter_layer("")
     for name, child in module.named_modules():
-        child.register_forward_pre_hook(enter(name))
-        child.register_forward_hook(leave)
+        if any(child.children()):  # a hook on a leaf would unfuse its block; Blocks names those itself
+            child.register_forward_pre_hook(enter(name))
+            child.register_forward_hook(leave)
     backends.record(note)
     try:
         with torch.no_grad(), backends.use_backend(backends.requested(backend)):
             module(input)
     finally:
         backends.record(None)
+        backends.enter_layer("")
     return layers

@@ -1,0 +1,55 @@
+"""conv_bn_act: a block, a convolution, BatchNorm and LeakyReLU, as one operation.
+ The convolution is the library's (cuDNN, oneDNN); what follows it is `bn_act` of the chosen backend. Fused
+convolutions plug in here.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgan.ops.bn_act import block_end
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+    batch_norm: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`leaky_relu(batch_norm(conv2d(input, weight, bias, ...), ...), negative_slope)`.
+
+    Args:
+        input: `[N, C, H, W]`.
+        weight: `[K, C / groups, R, S]`, as in `torch.nn.functional.conv2d`.
+        running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
+        bias: `[K]`, of the convolution.
+        batch_norm: False for a block without BatchNorm, such as a discriminator's first.
+        training, momentum, eps, negative_slope, backend: as in `bn_act`.
+
+    Returns:
+        `[N, K, H', W']`, in the dtype and memory format of the convolution's output; under autocast the
+        convolution runs in the lower precision, while statistics and BatchNorm's parameters stay fp32.
+        Differentiable any number of times. Kept for backward: input, weight, the convolution's output and
+        O(K).
+
+    Raises:
+        ValueError, BackendError: as in `bn_act`; BatchNorm tensors given with `batch_norm=False`.
+    """
+    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return block_end(
+        y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
+        negative_slope=negative_slope, batch_norm=batch_norm, backend=backend,
+    )  # fmt: skip
