@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def kernels():
 
 def modules(*widths: int, norm=nn.BatchNorm2d, slope: float = 0.2) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for before, width in zip(widths, widths[1:], strict=False):
+    for before, width in pairwise(widths):
         layers += [nn.Conv2d(before, width, 4, 2, 1, bias=False), norm(width), nn.LeakyReLU(slope, inplace=True)]
     return layers
 

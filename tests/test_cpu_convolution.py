@@ -133,8 +133,8 @@ def test_gradient_operand_and_backward_finish(scheme):
 def test_statistics_are_those_of_the_stored_output(to_large, offset):
     large, small, weight = sides(3, 32, 48, 20, 12, False)
     weight = weight + offset / weight[0].numel()
-    y, sums = convolve([small + 1 if to_large else large + 1], weight, to_large, (large if to_large else small).shape[2:],
-                       statistics=True)  # fmt: skip
+    operand, size = (small, large.shape[2:]) if to_large else (large, small.shape[2:])
+    y, sums = convolve([operand + 1], weight, to_large, size, statistics=True)
     truth = y.double()
     mean, var = truth.mean((0, 2, 3)), truth.var((0, 2, 3), unbiased=False)
     torch.testing.assert_close(sums[0].double(), mean, rtol=1e-6, atol=1e-6)

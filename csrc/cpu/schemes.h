@@ -306,20 +306,24 @@ struct Direct {
     }
   }
 
-  T weight_at(const T* weight, int64_t k, int64_t depth) const {
-    int64_t tap = depth / C, c = depth % C;
-    return k < K && tap < taps ? weight[(k * C + c) * taps + tap] : T(0);
-  }
-
   void weight_to_small(const T* weight, int64_t kp, T* out) const {
-    for (int64_t d = 0; d < groups * panel<T>; d++) {
-      for (int64_t k = 0; k < panel<T>; k++) *out++ = weight_at(weight, kp * panel<T> + k, d);
+    std::fill(out + taps * C * panel<T>, out + groups * panel<T> * panel<T>, T(0));
+    for (int64_t c = 0; c < C; c++) {
+      for (int half = 0; half < panel<T>; half += lanes<T>) {
+        int64_t k = kp * panel<T> + half;
+        Vec<T> tap[taps];
+        load_taps(weight + (k * C + c) * taps, C * taps, std::clamp<int64_t>(K - k, 0, lanes<T>), tap);
+        for (int t = 0; t < taps; t++) store(out + (t * C + c) * panel<T> + half, tap[t]);
+      }
     }
   }
 
   void weight_to_large(const T* weight, int64_t group, T* out) const {
-    for (int64_t k = 0; k < small_panels * panel<T>; k++) {
-      for (int64_t d = 0; d < panel<T>; d++) *out++ = weight_at(weight, k, group * panel<T> + d);
+    int64_t first = group * panel<T>, count = std::min<int64_t>(panel<T>, taps * C - first);
+    std::fill_n(out, small_panels * panel<T> * panel<T>, T(0));
+    for (int64_t d = 0; d < count; d++) {
+      const T* filter = weight + (first + d) % C * taps + (first + d) / C;
+      for (int64_t k = 0; k < K; k++) out[k * panel<T> + d] = filter[k * C * taps];
     }
   }
 

@@ -2,7 +2,7 @@
 backend can, with the activation deferred into the next convolution and one tensor kept per block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,15 +99,15 @@ def _block(name: str, modules: list[nn.Module]) -> Block | None:
     """The block that `modules` begin with, or None."""
     if not modules or _has_any_global_hook():
         return None
-    conv = modules[0]
+    conv: Any = modules[0]
     if (
         not _is_plain(conv, nn.Conv2d, nn.ConvTranspose2d)
         or isinstance(conv.padding, str)
         or conv.padding_mode != "zeros"
     ):
         return None
-    after = modules[1:]
-    norm = after.pop(0) if after and _is_plain(after[0], nn.BatchNorm2d) else None
+    after: list[Any] = modules[1:]
+    norm: Any = after.pop(0) if after and _is_plain(after[0], nn.BatchNorm2d) else None
     slope, length = 1.0, 1 + (norm is not None)
     if _is_activation(after):
         slope, length = 0.0 if isinstance(after[0], nn.ReLU) else after[0].negative_slope, length + 1

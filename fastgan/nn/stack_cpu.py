@@ -1,12 +1,12 @@
 """The CPU kernels' side of `ConvStack`: a run of blocks as one `torch.autograd.Function`.
 
-Between blocks only raw convolution outputs y exist, with the per-channel constants [mu, s, beta, 1/std] and the slope of
-the activation that is still to be applied, z = phi(s*(y - mu) + beta); backward, the gradient of y is kept as g with
-constants [A, B, C, mu], dy = A*g + B*(y - mu) + C. The kernels for 4x4 stride-2 convolutions apply either while they read.
+Between blocks only raw convolution outputs y exist, with the per-channel constants [mu, s, beta, 1/std] and the slope
+of the activation that is still to be applied, z = phi(s*(y - mu) + beta); backward, the gradient of y is kept as g with
+constants [A, B, C, mu], dy = A*g + B*(y - mu) + C. The kernels for 4x4 stride-2 convolutions apply either as they read.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,8 @@ class Norm(NamedTuple):
     by_batch: bool
     eps: float
     momentum: float
-    running_mean: Tensor | None
-    running_var: Tensor | None
+    running_mean: Any
+    running_var: Any
 
 
 class Step(NamedTuple):
@@ -47,7 +47,7 @@ class Step(NamedTuple):
     transposed: bool
     halves: bool
     stride: tuple[int, ...]
-    padding: tuple[int, ...]
+    padding: Any
     output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """A tensor still to be mapped: by nothing, by an activation (constants, slope), or as a gradient (second, constants)."""
+    """A tensor to be mapped: not at all, by an activation (constants, slope), or as a gradient (second, constants)."""
 
     value: Tensor
     second: Tensor | None = None
@@ -141,7 +141,7 @@ def _gradient(steps, inputs, parameters, grad_output, needed) -> list[Tensor | N
 # --- one block ----------------------------------------------------------------------------------------------------
 
 
-def _convolve(step: Step, operand: Operand, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The raw output, channels-last, and (mean, m2) of its channels where the block normalises by them."""
     by_batch = step.norm is not None and step.norm.by_batch
     if step.halves and _own(step.transposed, operand.value, weight):
@@ -215,7 +215,9 @@ def _block_gradient(
 def _input_gradient(step: Step, operand: Operand, gradient: Operand, weight: Tensor) -> Tensor:
     if step.halves and _own(not step.transposed, gradient.value, weight):
         return _own_convolution(gradient, weight, not step.transposed, operand.value.shape[2:])[0]
-    return _library_backward(step, operand.value, gradient, weight, (True, False, False))[0]
+    dx = _library_backward(step, operand.value, gradient, weight, (True, False, False))[0]
+    assert dx is not None
+    return dx
 
 
 def _weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Tensor, needed) -> list[Tensor | None]:
@@ -251,8 +253,8 @@ def _own_convolution(
     y, constants, slope = (None, None, 1.0) if output is None else (output.value, output.constants, output.slope)
     value, second, by, operand_slope = operand
     return torch.ops.fastgan_cpu.convolve(
-        value, second, by, operand_slope, weight.contiguous(), to_large, size[0], size[1], statistics, y, constants, slope,
-        _AUTOMATIC,
+        value, second, by, operand_slope, weight.contiguous(), to_large, size[0], size[1], statistics,
+        y, constants, slope, _AUTOMATIC,
     )  # fmt: skip
 
 
@@ -278,7 +280,7 @@ def _library_convolution(step: Step, input: Tensor, weight: Tensor, bias: Tensor
 
 
 def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tensor, mask) -> list[Tensor | None]:
-    """Gradients of input (channels-last), weight and bias by the library; `input` counts only where the weight's does."""
+    """Gradients of input (channels-last), weight and bias by the library; `input` matters only for the weight's."""
     dy = gradient.value
     if gradient.constants is not None:
         count("cpu", "block_backward")
@@ -319,8 +321,9 @@ def _definition(steps: list[Step], z: Tensor, parameters) -> Tensor:
         weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
         z = torch.convolution(z, weight, bias, *_arguments(step))
         if step.norm is not None:
-            frozen = (None, None) if step.norm.by_batch else (step.norm.running_mean, step.norm.running_var)
-            z = F.batch_norm(z, *frozen, gamma, beta, step.norm.by_batch, 0.0, step.norm.eps)
+            norm = step.norm
+            mean, var = (None, None) if norm.by_batch else (norm.running_mean, norm.running_var)
+            z = F.batch_norm(z, mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps)
         if step.slope != 1.0:
             z = F.leaky_relu(z, step.slope) if step.slope else F.relu(z)
     return z
