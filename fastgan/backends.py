@@ -48,7 +48,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,6 +80,7 @@ Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
 _stem_of: dict[str, str] = {}
 _settle: dict[str, Callable[[str, tuple], tuple]] = {}
+_noise: dict[str, Callable[[str, tuple], list[float]]] = {}
 
 
 class Decision(NamedTuple):
@@ -89,15 +90,22 @@ class Decision(NamedTuple):
     reason: str
 
 
-def define(stem: str, kernels: dict[str, Kernel], settle: Callable[[str, tuple], tuple] | None = None) -> None:
+def define(
+    stem: str,
+    kernels: dict[str, Kernel],
+    settle: Callable[[str, tuple], tuple] | None = None,
+    noise: Callable[[str, tuple], list[float]] | None = None,
+) -> None:
     """Declare the split operations of a stem with their eager definitions (called once by
     `fastgan/ops/STEM.py`).
 
-    `settle(name, args)` returns arguments on which two right kernels must agree (no activation at its kink).
+    `settle(name, args)` returns arguments on which two right kernels must agree (no activation at its kink);
+    `noise(name, args)` the errors of each output that are let pass at a kernel's first use.
     """
     operations[stem] = kernels
     _stem_of.update(dict.fromkeys(kernels, stem))
     _settle[stem] = settle or (lambda _, args: args)
+    _noise[stem] = noise or (lambda _, args: [])
 
 
 # --- what a backend can run -----------------------------------------------------------------------
@@ -219,8 +227,8 @@ _decisions: dict[tuple, Decision] = {}
 _recorder: Callable[[str, Tensor, Decision], None] | None = None
 
 
-def choose(operation: str, tensor: Tensor, backend: str | None = None) -> str:
-    """The backend for `operation` (a stem) on `tensor`; `backend` forces one and raises BackendError if it
+def choose(operation: str, tensor: Tensor, backend: str | None = None) -> Decision:
+    """The backend for `operation` (a stem) on `tensor`, remembered; `backend` forces one and raises BackendError if it
     cannot run."""
     key = (operation, backend, tensor.device.type, tensor.dtype, tensor.shape, tensor.stride())
     decision = _decisions.get(key)
@@ -228,9 +236,7 @@ def choose(operation: str, tensor: Tensor, backend: str | None = None) -> str:
         if len(_decisions) > 4096:
             _decisions.clear()
         decision = _decisions[key] = decide(operation, tensor, backend)
-    if _recorder is not None:
-        _recorder(operation, tensor, decision)
-    return decision.backend
+    return decision
 
 
 def takes_definition(operation: str, tensor: Tensor, backend: str | None) -> bool:
@@ -238,7 +244,10 @@ def takes_definition(operation: str, tensor: Tensor, backend: str | None) -> boo
     at run time instead, inside the operation, unless eager is forced."""
     if torch.compiler.is_compiling():
         return backend == "eager"
-    return choose(operation, tensor, backend) == "eager"
+    decision = choose(operation, tensor, backend)
+    if _recorder is not None:
+        _recorder(operation, tensor, decision)
+    return decision.backend == "eager"
 
 
 layer = ""
@@ -312,17 +321,26 @@ def count(backend: str, name: str) -> None:
     _counts[backend, name] += 1
 
 
-def run(backend: str, name: str, *args: Any) -> Any:
-    """Run the split operation `name` by `backend`, after comparing the kernel with the definition at its
-    first use."""
+def run(backend: str, name: str, *args: Any, forced: bool = False) -> Any:
+    """Run the split operation `name` by `backend`, after comparing the kernel with the definition at its first use.
+
+    A kernel that missed gives way to eager, or where the backend was `forced` raises BackendError.
+    """
     first = args[0] if isinstance(args[0], Tensor) else args[1]
     if backend != "eager" and first.device.type in _VERIFIED_ON_FIRST_USE:
         key = (backend, name, first.dtype, layout(first), first.device)
         verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
         if verdict is not None:
+            if forced:
+                raise BackendError(f"kernel {name} of backend '{backend}' is disabled here: {verdict}")
             backend = "eager"
     count(backend, name)
     return kernel(backend, name)(*args)
+
+
+def runner(operation: str, tensor: Tensor, backend: str | None) -> Callable[..., Any]:
+    """`run` with the backend chosen for `operation` on `tensor`: call it with a split operation's name and args."""
+    return partial(run, choose(operation, tensor, backend).backend, forced=backend is not None)
 
 
 def _verify(key: tuple, args: tuple) -> str | None:
@@ -337,9 +355,9 @@ def _verify(key: tuple, args: tuple) -> str | None:
     eager = kernel("eager", name)
     try:
         got = kernel(backend, name)(*few)
-        # Four times the tests' factor: the sums of a handful of channels may be unlucky, and a wrong kernel
-        # is far off.
-        reason = misses(got, eager(*few), eager(*[_to_fp64(a) for a in few]), factor=8)
+        # Four times the tests' factor: the sums of a few channels may be unlucky, and a wrong kernel is far off.
+        truth = eager(*[_to_fp64(a) for a in few])
+        reason = misses(got, eager(*few), truth, factor=8, floor=_noise[_stem_of[name]](name, few))
     except Exception as error:  # whatever a kernel raises, training goes on by the definition
         reason = f"{type(error).__name__}: {error}"
     _verdicts[key] = reason

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import triton_device  # noqa: F401  Triton's kernels see at import whether they are interpreted
+from planted import planted_kernels  # noqa: F401  a fixture of the kernels' tests
 
 from fastgan.train import preset
 

@@ -1,7 +1,5 @@
 """The Triton kernels of bn_act against the definition, kernel by kernel and through autograd."""
 
-import importlib.util
-import sys
 from functools import partial
 
 import fastgan.kernels.bn_act as kernels
@@ -24,7 +22,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPES = [(2, 3, 5, 7), (1, 1, 1, 4097), (3, 1, 7, 1), (2, 65, 1, 7), (1, 3, 4097, 1), (2, 64, 4, 4), (5, 65), (7, 1)]
 CASES = [(s, layout) for s in SHAPES for layout in LAYOUTS if len(s) == 4 or layout == "contiguous"]
-SLOW = {((2, 65, 1, 7), "contiguous"), ((2, 64, 4, 4), "contiguous")}  # a program per channel: 65 times 20 ms
+SLOW = {((2, 65, 1, 7), "contiguous"), ((2, 64, 4, 4), "contiguous"), ((1, 3, 4097, 1), "channels_last")}
 SPLIT = ("bn_stats", "bn_act", "bn_act_reduce", "bn_act_backward")
 
 
@@ -64,7 +62,7 @@ def results(kernel, args):
 
 
 def verdict(module, name, several):
-    """Why the kernel of `module` misses, or None, over several arguments together: a sum of one channel may be lucky."""
+    """Why the kernel of `module` misses, or None; over several arguments together, as one channel may be lucky."""
     eager = backends.kernel("eager", name)
     got, own, truth = [], [], []
     for args in several:
@@ -79,7 +77,8 @@ def verdict(module, name, several):
 
 
 def seeds(shape, name):
-    return range(8 if shape[1] < 8 and name in ("bn_stats", "bn_act_reduce") else 1)
+    few = shape[1] < 8 and name in ("bn_stats", "bn_act_reduce")
+    return range((3 if 4097 in shape else 8) if few else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,7 +86,7 @@ def seeds(shape, name):
 @pytest.mark.parametrize("name", SPLIT)
 def test_kernel(name, shape, layout, dtype):
     if (shape, layout) in SLOW and name in ("bn_stats", "bn_act_reduce") and dtype != torch.float32:
-        pytest.skip("interpreting one program per channel is slow; fp32 covers the shape, the small shapes the dtype")
+        pytest.skip("65 programs take seconds in the interpreter: here fp32 has the shape, `slow` the other dtypes")
     slope = {torch.float32: 0.2, torch.float16: 0.0, torch.bfloat16: 0.2, torch.float64: 1.0}[dtype]
     several = [arguments(name, shape, layout, dtype, slope, seed) for seed in seeds(shape, name)]
     assert verdict(kernels, name, several) is None
@@ -114,7 +113,7 @@ def test_frozen_statistics_and_every_slope(layout, slope):
         assert verdict(kernels, name, args) is None
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 3), c=st.integers(1, 5), h=st.integers(1, 9), w=st.integers(1, 9),
     layout=st.sampled_from(sorted(LAYOUTS)), name=st.sampled_from(SPLIT), seed=st.integers(0, 99),
@@ -201,7 +200,7 @@ def test_the_sign_of_v_is_the_forward_s(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_gradients_run_through_the_kernels(layout, training):
     torch.manual_seed(0)
-    x = torch.randn(2, 2, 2, 3, dtype=torch.float64).to(DEVICE, memory_format=LAYOUTS[layout]).requires_grad_()
+    x = torch.randn(2, 2, 1, 2, dtype=torch.float64).to(DEVICE, memory_format=LAYOUTS[layout]).requires_grad_()
     weight, bias = (torch.randn(2, dtype=torch.float64, device=DEVICE, requires_grad=True) for _ in range(2))
     mean, var = torch.zeros(2, dtype=torch.float64, device=DEVICE), torch.ones(2, dtype=torch.float64, device=DEVICE)
 
@@ -311,16 +310,9 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_caught(tmp_path, monkeypatch, bug):
+def test_a_planted_bug_is_caught(planted_kernels, bug):
     right, wrong, name = PLANTED[bug]
-    source = open(kernels.__file__).read()
-    assert source.count(right) == 1, "the kernels changed: plant the bug anew"
-    path = tmp_path / "planted_kernels.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("planted_kernels", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "planted_kernels", module)
-    spec.loader.exec_module(module)
+    module = planted_kernels(kernels, right, wrong)
     module.TILE, module.PROGRAMS = 64, 12  # several tiles and splits on few elements, so that nothing can hide
     several = [arguments(name, (2, 3, 5, 7), "contiguous", torch.float32, 0.2, seed) for seed in range(4)]
     assert verdict(module, name, several) is not None

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -163,7 +164,7 @@ UNMENDED = """
 
 def test_the_unmended_interpreter_is_wrong(tmp_path):
     """If one of these turns out right in a later Triton, its mend can go."""
-    source = open(__file__).read()
+    source = Path(__file__).read_text()
     kernels = source[source.index("@triton.jit") : source.index("@triton.jit\ndef many_kernel")]
     (tmp_path / "test_interpreter_kernels.py").write_text(f"import triton\nimport triton.language as tl\n\n\n{kernels}")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)}

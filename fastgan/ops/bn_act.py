@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, requested, run, takes_definition
+from fastgan.backends import choose, count, requested, run, runner, takes_definition
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
@@ -64,13 +64,13 @@ def bn_act(
         return activation(v, negative_slope)
     input = dense(input)
     if not training:
-        return torch.ops.fastgan.bn_act_eval(
+        return torch.ops.fastgan.bn_act_eval.default(
             input, weight, bias, running_mean, running_var, eps, negative_slope, backend
         )
-    z, mean, var = torch.ops.fastgan.bn_act_train(input, weight, bias, eps, negative_slope, backend)
+    z, mean, var = torch.ops.fastgan.bn_act_train.default(input, weight, bias, eps, negative_slope, backend)
     if running_mean is not None:
         n = input.numel() // input.shape[1]
-        torch.ops.fastgan.update_running_stats(running_mean, running_var, mean, var, n, momentum, backend)
+        torch.ops.fastgan.update_running_stats.default(running_mean, running_var, mean, var, n, momentum, backend)
     return z
 
 
@@ -87,7 +87,7 @@ def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Ten
     if input.numel() == 0 or takes_definition("bn_act", input, backend):
         count("eager", "act")
         return activation(input, negative_slope)
-    return torch.ops.fastgan.bn_act_eval(dense(input), None, None, None, None, 0.0, negative_slope, backend)
+    return torch.ops.fastgan.bn_act_eval.default(dense(input), None, None, None, None, 0.0, negative_slope, backend)
 
 
 def block_end(
@@ -118,7 +118,8 @@ def block_end(
 def _check(input, running_mean, running_var, weight, bias, training) -> None:
     if input.dim() < 2 or not input.is_floating_point():
         raise ValueError(f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}")
-    channels = input.shape[1]
+    channels, dtype, device = input.shape[1], input.dtype, input.device
+    half = dtype in (torch.float16, torch.bfloat16)
     for name, value in (
         ("running_mean", running_mean),
         ("running_var", running_var),
@@ -127,16 +128,12 @@ def _check(input, running_mean, running_var, weight, bias, training) -> None:
     ):
         if value is None:
             continue
-        if value.dim() != 1 or value.shape[0] != channels:
+        if value.shape != (channels,):
             raise ValueError(f"bn_act: {name} must have shape [C] = [{channels}], got {list(value.shape)}")
-        if value.device != input.device:
-            raise ValueError(f"bn_act: {name} is on {value.device}, input on {input.device}")
-        if value.dtype != input.dtype and (
-            value.dtype != torch.float32 or input.dtype not in (torch.float16, torch.bfloat16)
-        ):
-            raise ValueError(
-                f"bn_act: {name} must be {input.dtype} or, beside a half input, float32; got {value.dtype}"
-            )
+        if value.device != device:
+            raise ValueError(f"bn_act: {name} is on {value.device}, input on {device}")
+        if value.dtype != dtype and not (half and value.dtype == torch.float32):
+            raise ValueError(f"bn_act: {name} must be {dtype} or, beside a half input, float32; got {value.dtype}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("bn_act: running_mean and running_var go together, got one of them")
     if training:
@@ -168,10 +165,10 @@ def _statistics(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: flo
 
 def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, backend):
     input = dense(input)
-    name = choose("bn_act", input, backend)
-    mean, m2 = run(name, "bn_stats", input)
+    run = runner("bn_act", input, backend)
+    mean, m2 = run("bn_stats", input)
     var = m2 / (input.numel() // input.shape[1])
-    z = run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    z = run("bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
     return z, mean, var
 
 
@@ -182,8 +179,8 @@ def _train_fake(input, weight, bias, eps, slope, backend):
 
 def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend):
     input = dense(input)
-    name = choose("bn_act", input, backend)
-    return run(name, "bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    run = runner("bn_act", input, backend)
+    return run("bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
 
 
 def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
@@ -195,15 +192,15 @@ def _grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
     dz = like(dz, input)
-    name = choose("bn_act", input, backend)
+    run = runner("bn_act", input, backend)
     args = (dz, input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
-    sums = run(name, "bn_act_reduce", *args) if training or needs_affine else (None, None)
+    sums = run("bn_act_reduce", *args) if training or needs_affine else (None, None)
     if not needs_input:
         dy = input.new_empty(0)
     elif training:
-        dy = run(name, "bn_act_backward", *args, *sums, input.numel() // input.shape[1])
+        dy = run("bn_act_backward", *args, *sums, input.numel() // input.shape[1])
     else:
-        dy = run(name, "bn_act_backward", *args, None, None, 0)
+        dy = run("bn_act_backward", *args, None, None, 0)
     grad_weight, grad_bias = (
         input.new_empty(0) if value is None or not needs_affine else total.to(value.dtype, copy=False)
         for value, total in zip((weight, bias), sums, strict=True)
@@ -223,7 +220,7 @@ def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | No
     if dz is None:
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dy, grad_weight, grad_bias = torch.ops.fastgan.bn_act_grad(
+    dy, grad_weight, grad_bias = torch.ops.fastgan.bn_act_grad.default(
         dz, *ctx.saved_tensors, *ctx.constants, training, needs_input, needs_weight or needs_bias, ctx.backend
     )
     return (
@@ -326,13 +323,14 @@ def _split(name: str):
         *args, backend = given
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         y = tensors[1] if name in ("bn_act_reduce", "bn_act_backward") else tensors[0]
-        return run(choose("bn_act", y, backend), name, *args)
+        return runner("bn_act", y, backend)(name, *args)
 
     return implementation
 
 
 def _update(running_mean, running_var, mean, var, n, momentum, backend):
-    name = choose("bn_act", mean, backend) if backend is not None else "eager"
+    # Unforced, an O(C) operation on CPU is not worth a search; on CUDA one launch replaces four.
+    name = choose("bn_act", mean, backend).backend if backend is not None or mean.is_cuda else "eager"
     run(name, "update_running_stats", running_mean, running_var, mean, var, n, momentum)
     if name != "eager":
         torch.autograd.graph.increment_version((running_mean, running_var))

@@ -121,6 +121,18 @@ def settle(name: str, args: tuple) -> tuple:
     return (torch.where(clear, dz, torch.zeros_like(dz)), y, mean, invstd, weight, bias, *rest)
 
 
+def noise(name: str, args: tuple) -> list[float]:
+    """For each output, an error that rounding the terms of its sum explains, where the sum itself may cancel to 0."""
+    if name == "bn_stats":
+        (y,) = args
+        return [4 * torch.finfo(stat_dtype(y)).eps * y.abs().max().item(), 0.0]
+    if name == "bn_act_reduce":
+        dz, y, mean, invstd, *_ = args
+        terms = torch.finfo(stat_dtype(y)).eps * (y.numel() / y.shape[1]) ** 0.5 * dz.abs().max().item()
+        return [4 * terms * (_centred(y, mean).abs().max() * invstd.max()).item(), 4 * terms]
+    return []
+
+
 define(
     "bn_act",
     {
@@ -131,4 +143,5 @@ define(
         "update_running_stats": update_running_stats,
     },
     settle,
+    noise,
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, define, requested, run, takes_definition
+from fastgan.backends import count, define, requested, runner, takes_definition
 from fastgan.ops._library import below_autograd, gradient_of_gradient, register
 
 
@@ -56,7 +56,7 @@ def gan_bce(
         return loss_real, loss_fake, d_real, d_fake
     real = None if real_logits is None else real_logits.contiguous()
     fake = None if fake_logits is None else fake_logits.contiguous()
-    stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)
+    stats, _, _ = torch.ops.fastgan.gan_bce.default(real, fake, real_target, fake_target, backend)
     loss_real, loss_fake, d_real, d_fake = stats.unbind()
     real_half = (None, None) if real is None else (loss_real, d_real.detach())
     fake_half = (None, None) if fake is None else (loss_fake, d_fake.detach())
@@ -135,8 +135,7 @@ define("gan_bce", {"gan_bce": _eager})
 
 
 def _forward(real, fake, real_target, fake_target, backend):
-    name = choose("gan_bce", _some(real, fake), backend)
-    return run(name, "gan_bce", real, fake, real_target, fake_target)
+    return runner("gan_bce", _some(real, fake), backend)("gan_bce", real, fake, real_target, fake_target)
 
 
 def _forward_fake(real, fake, real_target, fake_target, backend):
@@ -173,7 +172,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, dstats, _real, _fake):
         if dstats is None:
             return (None,) * 5
-        grads = torch.ops.fastgan.gan_bce_grad(dstats, *ctx.saved_tensors, *ctx.targets)
+        grads = torch.ops.fastgan.gan_bce_grad.default(dstats, *ctx.saved_tensors, *ctx.targets)
         return (
             *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True)),
             None,

@@ -1,0 +1,229 @@
+"""The choice of a backend, the trust in a kernel, and what a user is told."""
+
+import os
+import subprocess
+import sys
+
+import fastgan.kernels.bn_act as kernels
+import pytest
+import torch
+from triton_device import DEVICE, MARKS
+
+import fastgan
+from fastgan import backends
+from fastgan.errors import BackendError
+from fastgan.nn import Discriminator, Generator
+from fastgan.ops import bn_act
+
+pytestmark = MARKS
+X = torch.randn(4, 3, 5, 5, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Each test starts without decisions, verdicts and cached kernels, and leaves none."""
+    for table in (backends._decisions, backends._verdicts):
+        table.clear()
+    backends.kernel.cache_clear()
+    backends.reset_counts()
+    yield
+    for table in (backends._decisions, backends._verdicts):
+        table.clear()
+    backends.kernel.cache_clear()
+
+
+def measured(monkeypatch, backend="triton", ratio=2.0, smallest=4, **key):
+    entry = {"operation": "bn_act", "dtype": "float32", "layout": "contiguous", "shape": (3, 5, 5), **key}
+    monkeypatch.setattr(backends, "_measured", lambda: {tuple(entry.values()): (smallest, backend, ratio)})
+
+
+def run(**chosen):
+    return bn_act(X, None, None, training=True, **chosen)
+
+
+def ran():
+    return {backend for backend, _ in backends.counts()}
+
+
+def test_eager_is_the_default_on_cpu_until_something_is_measured_faster():
+    bn_act(X.cpu(), None, None, training=True)
+    assert ran() == {"eager"}
+    assert backends.choose("bn_act", X.cpu()).backend == "eager"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
+def test_the_committed_table_decides_on_cpu(monkeypatch):
+    measured(monkeypatch)
+    run()
+    assert ran() == {"triton"}
+    for other in (X[:3], X.double(), X.to(memory_format=torch.channels_last), torch.randn(4, 3, 5, 6)):
+        assert backends.choose("bn_act", other).backend == "eager"
+    assert "2.00 times" in str(fastgan.explain("bn_act", X)[0])
+    assert "from batch 4 on" in str(fastgan.explain("bn_act", X[:3])[0])
+
+
+def test_rows_of_the_committed_table_are_well_formed():
+    assert isinstance(backends._measured(), dict)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
+def test_a_measured_backend_that_cannot_run_is_explained(monkeypatch):
+    measured(monkeypatch)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run()
+    assert ran() == {"eager"}
+    assert "runs on cuda" in str(fastgan.explain("bn_act", X)[0])
+
+
+def test_an_explicit_request_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="'triton' runs on cuda tensors, the input is on cpu"):
+        bn_act(X.cpu(), None, None, training=True, backend="triton")
+    with fastgan.use_backend("cuda"), pytest.raises(BackendError, match="'cuda' runs on cuda tensors"):
+        bn_act(X.cpu(), None, None, training=True)
+    with pytest.raises(BackendError, match=r"unknown backend 'tpu'; known: eager, cpu, triton, cuda"):
+        run(backend="tpu")
+    with pytest.raises(BackendError, match="unknown backend"), fastgan.use_backend("tpu"):
+        pass
+
+
+def test_a_kernel_that_is_missing_or_a_dtype_that_is_not_taken_is_named(monkeypatch):
+    monkeypatch.delattr(kernels, "bn_act_reduce")
+    with pytest.raises(BackendError, match="'triton' has no kernel for bn_act_reduce"):
+        run(backend="triton")
+    with pytest.raises(BackendError, match=r"'cpu' takes torch.float32, torch.bfloat16, .* the input is torch.float16"):
+        bn_act(X.cpu().half(), None, None, training=True, backend="cpu")
+
+
+def test_use_backend_nests_and_the_argument_wins():
+    with fastgan.use_backend("triton"):
+        run()
+        assert ran() == {"triton"}
+        with fastgan.use_backend("eager"):
+            backends.reset_counts()
+            run()
+            assert ran() == {"eager"}
+        backends.reset_counts()
+        run(backend="eager")
+        assert ran() == {"eager"}
+    assert backends.requested(None) is None
+
+
+def test_the_environment_variable_forces_a_backend():
+    code = "import torch, fastgan; fastgan.ops.bn_act(torch.randn(2, 3, 4, 4), None, None, training=True)"
+    environment = {**os.environ, "FASTGAN_BACKEND": "cuda"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "BackendError: bn_act: backend 'cuda' runs on cuda tensors, the input is on cpu" in done.stderr
+
+
+def test_backward_takes_the_forward_s_backend_after_the_block():
+    x = X.clone().requires_grad_()
+    with fastgan.use_backend("triton"):
+        z = bn_act(x, None, None, training=True)
+    z.sum().backward()
+    assert ran() == {"triton"}
+
+
+# --- the first use of a kernel --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    """What happens on CUDA, on this device: the first use of each kernel is compared with the definition."""
+    monkeypatch.setattr(backends, "_VERIFIED_ON_FIRST_USE", {DEVICE})
+    if DEVICE == "cpu":
+        measured(monkeypatch)
+
+
+def step(**chosen):
+    x, weight = X.clone().requires_grad_(), torch.ones(3, device=DEVICE, requires_grad=True)
+    z = bn_act(x, None, None, weight, training=True, **chosen)
+    return z, *torch.autograd.grad((z * torch.linspace(-1, 2, z.numel(), device=DEVICE).view_as(z)).sum(), (x, weight))
+
+
+def test_a_right_kernel_is_trusted_and_compared_once(verified, monkeypatch, recwarn):
+    step()
+    assert {verdict for verdict in backends._verdicts.values()} == {None}
+    assert {key[1] for key in backends._verdicts} == {"bn_stats", "bn_act", "bn_act_reduce", "bn_act_backward"}
+    monkeypatch.setattr(backends, "_verify", lambda *_: pytest.fail("compared again"))
+    step()
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning) and "disabled" in str(w.message)]
+
+
+def wrong_by_a_little(kernel):
+    def planted(*args):
+        out = kernel(*args)
+        return tuple(t * 1.001 for t in out) if isinstance(out, tuple) else out * 1.001
+
+    return planted
+
+
+def raising(kernel):
+    def planted(*args):
+        raise RuntimeError("out of shared memory")
+
+    return planted
+
+
+@pytest.mark.parametrize("bug", [wrong_by_a_little, raising])
+@pytest.mark.parametrize("name", ["bn_stats", "bn_act", "bn_act_reduce", "bn_act_backward"])
+def test_a_wrong_kernel_is_disabled_by_name_and_training_stays_right(verified, monkeypatch, name, bug):
+    monkeypatch.setattr(kernels, name, bug(getattr(kernels, name)))
+    with pytest.warns(RuntimeWarning, match=f"kernel {name} of backend 'triton' is disabled for torch.float32"):
+        got = step()
+    assert [key[1] for key, verdict in backends._verdicts.items() if verdict] == [name]
+    assert ("eager", name) in backends.counts()
+    for mine, own in zip(got, step(backend="eager"), strict=True):
+        torch.testing.assert_close(mine, own)
+
+
+def test_a_wrong_kernel_that_was_asked_for_by_name_is_an_error(verified, monkeypatch):
+    monkeypatch.setattr(kernels, "bn_act", wrong_by_a_little(kernels.bn_act))
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(BackendError, match=r"kernel bn_act .*error RMS"),
+    ):
+        step(backend="triton")
+
+
+def test_each_dtype_and_layout_is_compared(verified):
+    for x in (X, X.half(), X.to(memory_format=torch.channels_last)):
+        bn_act(x, None, None, training=True, backend="triton")
+    assert len(backends._verdicts) == 6
+
+
+def test_a_large_input_is_compared_on_its_first_images(monkeypatch):
+    monkeypatch.setattr(backends, "_VERIFY_ELEMENTS", 100)
+    dz, y, slope = backends._few((X, X, 0.2))
+    assert dz.shape == y.shape == (1, 3, 5, 5)
+    assert slope == 0.2
+
+
+# --- what a user is told --------------------------------------------------------------------------------------------
+
+
+def test_explain_names_each_layer_and_leaves_the_module_alone():
+    generator, discriminator = Generator(16, 1, 5, 4).to(DEVICE), Discriminator(16, 1, 4).to(DEVICE)
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+    layers = fastgan.explain(generator, torch.randn(3, 5, device=DEVICE), backend="triton")
+    assert [layer.name for layer in layers] == ["main.0", "main.3"]
+    assert {layer.decision.backend for layer in layers} == {"triton"}
+    assert layers[1].shape == (3, 4, 8, 8)
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    assert not any(module._forward_hooks for module in generator.modules())
+    names = [layer.name for layer in fastgan.explain(discriminator, torch.randn(3, 1, 16, 16, device=DEVICE))]
+    assert names == ["main.0", "main.2"]
+
+
+def test_explain_knows_the_operations():
+    assert fastgan.explain("gan_bce", torch.randn(7))[0].decision.backend == "eager"
+    with pytest.raises(BackendError, match=r"'softmax'; known: .*bn_act"):
+        fastgan.explain("softmax", X)
+
+
+def test_available_gives_each_backend_and_its_reason():
+    found = backends.available()
+    assert list(found) == list(backends.BACKENDS)
+    assert found["eager"] is None
+    if not torch.cuda.is_available():
+        assert "CUDA" in found["cuda"]
