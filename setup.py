@@ -1,6 +1,6 @@
-"""What pyproject.toml cannot say: `kernels/` and `csrc/` are installed inside the `fastgan` package, and the two
-libraries are built by fastgan/build.py. `FASTGAN_BUILD_CUDA=0` leaves the CUDA one out, `=1` makes its absence an error;
-`FASTGAN_BUILD_CPU` likewise."""
+"""What pyproject.toml cannot say: `kernels/` and `csrc/` are installed inside the `fastgan` package, and the
+libraries are built by fastgan/build.py. `FASTGAN_BUILD_CUDA=0` leaves the CUDA one out, `=1` makes its absence an
+error; `FASTGAN_BUILD_CPU` likewise."""
 
 import importlib.util
 import json
@@ -52,9 +52,7 @@ class BuildLibraries(build_ext):
             self.built.append(output.name)
         except build.BuildError as error:
             if asked == "1":
-                sys.exit(
-                    f"fastgan: the {library} library cannot be built (FASTGAN_BUILD_{library.upper()}=1): {error}"
-                )
+                sys.exit(f"fastgan: FASTGAN_BUILD_{library.upper()}=1, but the library cannot be built: {error}")
             if asked != "0":
                 report(library, error)
             record = {"error": str(error)}
@@ -90,7 +88,7 @@ def report(library, error):
 setup(
     packages=[*find_packages(include=["fastgan*"]), "fastgan.kernels", "fastgan.csrc"],
     package_dir={"fastgan": "fastgan", "fastgan.kernels": "kernels", "fastgan.csrc": "csrc"},
-    package_data={"fastgan": ["data/digits/*", "measured_cpu.json"], "fastgan.csrc": ["**/*"]},
+    package_data={"fastgan": ["data/digits/*", "*.json"], "fastgan.csrc": ["**/*"]},
     # Named so that setuptools knows the package is not pure Python; BuildLibraries knows the sources.
     ext_modules=[Extension("fastgan.libraries", sources=[])],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},

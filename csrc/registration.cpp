@@ -44,3 +44,32 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
   m.impl("bn_act_backward", TORCH_BOX(&fastgan::cpu::bn_act_backward));
 }
 #endif
+
+#ifdef FASTGAN_LIBRARY_CUDA
+#include "cuda/operators.h"
+
+STABLE_TORCH_LIBRARY(fastgan_cuda, m) {
+  m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
+  m.def("bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) -> Tensor");
+  m.def(
+      "bn_act_reduce(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope, "
+      "Tensor? grad_weight, Tensor? grad_bias, int count) -> Tensor");
+  m.def("gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "adam_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] ema_params, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled, float ema_decay) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan_cuda, CUDA, m) {
+  m.impl("bn_stats", TORCH_BOX(&fastgan::cuda::bn_stats));
+  m.impl("bn_act", TORCH_BOX(&fastgan::cuda::bn_act));
+  m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cuda::bn_act_reduce));
+  m.impl("bn_act_backward", TORCH_BOX(&fastgan::cuda::bn_act_backward));
+  m.impl("gan_bce", TORCH_BOX(&fastgan::cuda::gan_bce));
+  m.impl("adam_ema", TORCH_BOX(&fastgan::cuda::adam_ema));
+}
+#endif

@@ -1,4 +1,4 @@
-"""How the C++ and CUDA sources in `csrc/` become libraries: one description for `setup.py` and for just-in-time builds.
+"""How the C++ and CUDA sources in `csrc/` become libraries, at install and just in time.
 
 `get_build_parameters("cpu" | "cuda")` says which files are compiled with which flags and how they are linked;
 `build` runs ninja on that. Nothing here imports torch or fastgan, so `setup.py` loads this file by its path.
@@ -21,26 +21,28 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 LIBRARIES = ("cpu", "cuda")
-TORCH_MINIMUM = (
-    2,
-    10,
-)  # the stable ABI that the libraries are compiled against, and the least torch that loads them
+# The stable ABI that the libraries are compiled against, so the least torch that loads them.
+TORCH_MINIMUM = (2, 10)
 TORCH_TARGET_VERSION = f"0x{TORCH_MINIMUM[0]:02x}{TORCH_MINIMUM[1]:02x}000000000000"
+NVCC_FLAGS = ("-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
 _HERE = Path(__file__).resolve().parent
 CSRC = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if p.is_dir()), _HERE / "csrc")
 
-# A chain, each set containing the one before it. `csrc/cpu/*.isa.cpp` is compiled once per set, the rest once.
+# A chain, each set holding the one before it. `csrc/cpu/*.isa.cpp` is compiled once per set, the rest once.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
 }
-INSTRUCTION_SETS["avx512_bf16"] = (*INSTRUCTION_SETS["avx512"], "-mavx512bf16")
 
 # torch's names for architectures, which TORCH_CUDA_ARCH_LIST may use.
 _ARCH_NAMES = {
@@ -67,7 +69,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class BuildParameters:
-    """All that decides the content of a library. `metadata` travels beside the library and is compared at load."""
+    """All that decides a library's content. `metadata` travels beside the library and is compared at load."""
 
     library: str
     units: tuple[Unit, ...]
@@ -78,10 +80,8 @@ class BuildParameters:
     @property
     def digest(self) -> str:
         """Changes with every source, flag, compiler and torch version that could change the library."""
-        commands = [[str(u.source.name), u.object, *u.command] for u in self.units] + [
-            [*self.link, *self.libraries]
-        ]
-        text = json.dumps([commands, self.metadata], sort_keys=True)
+        commands = [[u.source.name, u.object, *u.command] for u in self.units]
+        text = json.dumps([commands, self.link, self.libraries, self.metadata], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -90,76 +90,97 @@ def library_filename(library: str) -> str:
 
 
 def get_build_parameters(library: str) -> BuildParameters:
-    """The build of `library`, for this machine's compilers and the torch that Python would import.
+    """The build of `library` with this machine's compilers and the torch that Python would import.
 
+    "cpu" and "cuda" are fastgan's; "simt" is the tests' module that runs the CUDA kernels on the host.
     Raises `BuildError` when it cannot be built here.
     """
-    if library not in LIBRARIES:
-        raise BuildError(f"library must be one of {', '.join(LIBRARIES)}; got {library!r}")
+    recipes = {"cpu": _cpu, "cuda": _cuda, "simt": _simt}
+    if library not in recipes:
+        raise BuildError(f"library must be one of {', '.join(recipes)}; got {library!r}")
     if not CSRC.is_dir():
         raise BuildError(
             f"the C++ sources are missing: expected the folder {CSRC}. Install fastgan from its wheel or repository."
         )
-    torch_folder, torch_version, torch_cuda = find_torch()
     cxx = find_cxx()
-    includes = (f"-I{CSRC}", f"-I{torch_folder / 'include'}")
-    defines = (f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-DFASTGAN_LIBRARY_{library.upper()}")
-    extra = tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
-    warnings = ("-Wall", "-Wno-unknown-pragmas")
-    flags = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *warnings, *defines, *includes, *extra)
-    libraries = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10")
     metadata = {
         "library": library,
         "sources": source_digest(library),
         "machine": platform.machine(),
-        "torch_abi": ".".join(map(str, TORCH_MINIMUM)),
-        "torch": torch_version,
         "compiler": _version_line(cxx),
     }
-    units = [_unit(CSRC / "registration.cpp", (*cxx, *flags))]
-    if library == "cpu":
-        units += _cpu_units((*cxx, *flags), cxx)
-    else:
-        cuda = find_cuda(torch_cuda)
-        architectures = cuda_architectures(cuda.version)
-        metadata |= {
-            "cuda": ".".join(map(str, cuda.version)),
-            "architectures": ";".join(architectures),
-            "compiler": f"{metadata['compiler']}; nvcc {'.'.join(map(str, cuda.version))}",
-        }
-        device = (
-            *(
-                str(cuda.nvcc),
-                f"-ccbin={cxx[-1]}",
-                "-std=c++20",
-                "-O3",
-                "-Xcompiler=-fPIC,-fvisibility=hidden",
-            ),
-            *(f"-I{CSRC}", *gencode(architectures)),
-        )
-        host = (*cxx, *flags, "-DUSE_CUDA", f"-I{cuda.home / 'include'}")
-        units = [_unit(CSRC / "registration.cpp", host)]
-        units += [_unit(f, host) for f in sorted((CSRC / "cuda").glob("*.cpp"))]
-        units += [_unit(f, device) for f in sorted((CSRC / "cuda").glob("*.cu"))]
-        libraries = (*libraries, "-ltorch_cuda", f"-L{cuda.library_folder}", "-lcudart")
-    return BuildParameters(library, tuple(units), (*cxx, "-shared", *extra), libraries, metadata)
+    return recipes[library](cxx, metadata)
+
+
+def _cxx_flags() -> tuple[str, ...]:
+    extra = tuple(shlex.split(os.environ.get("CXXFLAGS", "")))
+    return (
+        "-std=c++20",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        f"-I{CSRC}",
+        *extra,
+    )
+
+
+def _link(cxx: tuple[str, ...]) -> tuple[str, ...]:
+    return (*cxx, "-shared", *shlex.split(os.environ.get("CXXFLAGS", "")))
 
 
 def _unit(source: Path, command: tuple[str, ...], tag: str = "") -> Unit:
     return Unit(source, f"{source.parent.name}_{source.name}{tag}.o", command)
 
 
-def _cpu_units(command: tuple[str, ...], cxx: tuple[str, ...]) -> list[Unit]:
+def _cpu(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
+    torch = find_torch()
     sets = [s for s in INSTRUCTION_SETS if _supports(cxx, INSTRUCTION_SETS[s])]
-    command = (*command, *(f"-DFASTGAN_HAS_{s.upper()}" for s in sets))
-    folder = CSRC / "cpu"
-    units = [_unit(f, command) for f in sorted(folder.glob("*.cpp")) if not f.name.endswith(".isa.cpp")]
+    command = (*cxx, "-O3", *_cxx_flags(), *torch.flags("cpu"), *(f"-DFASTGAN_HAS_{s.upper()}" for s in sets))
+    files = sorted((CSRC / "cpu").glob("*.cpp"))
+    units = [_unit(f, command) for f in (CSRC / "registration.cpp", *files) if not f.name.endswith(".isa.cpp")]
     # Sets in ascending order: the linker keeps the first of several copies of an inline function, so code of one
     # set can only ever call library templates compiled for that set or a smaller one.
     for s in sets:
         per_set = (*command, f"-DFASTGAN_ISA={s}", *INSTRUCTION_SETS[s])
-        units += [_unit(f, per_set, f".{s}") for f in sorted(folder.glob("*.isa.cpp"))]
-    return units
+        units += [_unit(f, per_set, f".{s}") for f in files if f.name.endswith(".isa.cpp")]
+    libraries = (*torch.libraries, "-ltorch_cpu")
+    return BuildParameters("cpu", tuple(units), _link(cxx), libraries, metadata | torch.metadata)
+
+
+def _cuda(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
+    torch = find_torch()
+    cuda = find_cuda(torch.cuda)
+    architectures = cuda_architectures(cuda.version)
+    release = ".".join(map(str, cuda.version))
+    metadata |= torch.metadata | {"cuda": release, "architectures": ";".join(architectures)}
+    host = (*cxx, "-O3", *_cxx_flags(), *torch.flags("cuda"), "-DUSE_CUDA", f"-I{cuda.home / 'include'}")
+    device = (str(cuda.nvcc), f"-ccbin={cxx[-1]}", *NVCC_FLAGS, f"-I{CSRC}", *gencode(architectures))
+    units = [_unit(CSRC / "registration.cpp", host)]
+    units += [_unit(f, host) for f in sorted((CSRC / "cuda").glob("*.cpp"))]
+    units += [_unit(f, device) for f in sorted((CSRC / "cuda").glob("*.cu"))]
+    libraries = (*torch.libraries, "-ltorch_cpu", "-ltorch_cuda", f"-L{cuda.library_folder}", "-lcudart")
+    return BuildParameters("cuda", tuple(units), _link(cxx), libraries, metadata)
+
+
+def _simt(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
+    pybind11 = _find_package("pybind11", "pybind11") / "include"
+    python = (f"-I{pybind11}", f"-isystem{sysconfig.get_paths()['include']}")
+    host = (*cxx, "-O1", *_cxx_flags(), "-DFASTGAN_SIMT", *python)
+    # Instrumented, but linked without the sanitizer's library: simt/memory.cpp takes its place.
+    kernel = (
+        *cxx,
+        "-xc++",
+        "-O1",
+        "-g",
+        *_cxx_flags(),
+        "-DFASTGAN_SIMT",
+        "-ffp-contract=off",
+        "-fsanitize=thread",
+    )
+    units = [_unit(f, host) for f in sorted((CSRC / "simt").glob("*.cpp"))]
+    units += [_unit(f, kernel) for d in ("simt", "cuda") for f in sorted((CSRC / d).glob("*.cu"))]
+    return BuildParameters("simt", tuple(units), _link(cxx), (), metadata | {"python": sys.version.split()[0]})
 
 
 @functools.cache
@@ -174,33 +195,54 @@ def _supports(cxx: tuple[str, ...], flags: tuple[str, ...]) -> bool:
 
 def source_digest(library: str) -> str:
     """A digest of the sources of `library` and of this file, which holds the flags."""
-    folder = CSRC / library
-    files = [f for f in CSRC.glob("*") if f.is_file()] + [f for f in folder.rglob("*") if f.is_file()]
+    folders = [CSRC, CSRC / library, *([CSRC / "cuda"] if library == "simt" else [])]
+    files = [f for folder in folders for f in folder.glob("*") if f.is_file()]
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for file in sorted(files):
         digest.update(str(file.relative_to(CSRC)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-# --- what the machine offers ------------------------------------------------------------------------------------
+# --- what the machine offers ----------------------------------------------------------------------------------
 
 
-def find_torch() -> tuple[Path, str, str | None]:
-    """(folder, version, CUDA version or None) of the torch that `import torch` would take, without importing it."""
-    spec = importlib.util.find_spec("torch")
+@dataclass(frozen=True)
+class Torch:
+    folder: Path
+    version: str
+    cuda: str | None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"torch_abi": ".".join(map(str, TORCH_MINIMUM)), "torch": self.version}
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        return (f"-L{self.folder / 'lib'}",)
+
+    def flags(self, library: str) -> tuple[str, ...]:
+        target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+        return (target, f"-DFASTGAN_LIBRARY_{library.upper()}", f"-isystem{self.folder / 'include'}")
+
+
+def _find_package(name: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise BuildError(
-            "torch is not installed where fastgan is being built; run `pip install 'torch>=2.10'` first."
-        )
-    folder = Path(next(iter(spec.submodule_search_locations)))
+        raise BuildError(f"{name} is not installed for {sys.executable}; run `pip install '{requirement}'`.")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def find_torch() -> Torch:
+    """The torch that `import torch` would take, without importing it."""
+    folder = _find_package("torch", "torch>=2.10")
     version = runpy.run_path(str(folder / "version.py"))
     number = tuple(int(n) for n in re.findall(r"\d+", version["__version__"])[:2])
     if number < TORCH_MINIMUM:
         raise BuildError(
-            f"torch {version['__version__']} is too old to build against: fastgan's libraries need torch >= 2.10 "
-            "(LibTorch's stable ABI). Run `pip install --upgrade torch`."
+            f"torch {version['__version__']} is too old: fastgan's libraries need torch >= 2.10 (LibTorch's "
+            "stable ABI). Run `pip install --upgrade torch`."
         )
-    return folder, version["__version__"], version.get("cuda")
+    return Torch(folder, version["__version__"], version.get("cuda"))
 
 
 def find_cxx() -> tuple[str, ...]:
@@ -235,23 +277,22 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
     """The CUDA toolkit, which must have the CUDA major version of torch."""
     if torch_cuda is None:
         raise BuildError(
-            "this torch is built without CUDA, so there is nothing for CUDA kernels to run on. On a machine with an "
-            "NVIDIA GPU install a CUDA build of torch (https://pytorch.org/get-started/locally)."
+            "this torch is built without CUDA, so CUDA kernels have nothing to run on. On a machine with an NVIDIA "
+            "GPU install a CUDA build of torch (https://pytorch.org/get-started/locally)."
         )
     major = torch_cuda.split(".")[0]
-    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    found = [str(Path(h) / "bin" / "nvcc") for h in homes[:1]] or [
-        shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    ]
-    nvcc = Path(found[0])
+    home_asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home_asked:
+        nvcc, looked = Path(home_asked) / "bin" / "nvcc", f"CUDA_HOME={home_asked}"
+    else:
+        nvcc, looked = Path(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"), "PATH and /usr/local/cuda"
     advice = (
-        f"Install the CUDA toolkit {major}.x (https://developer.nvidia.com/cuda-toolkit-archive, or "
-        f"`conda install -c nvidia cuda-nvcc={major} cuda-cudart-dev={major}`), put its nvcc on PATH or set CUDA_HOME, "
-        "then install fastgan again. Everything else works without it."
+        f"Install the CUDA toolkit {major}.x (https://developer.nvidia.com/cuda-toolkit-archive, or `conda install "
+        f"-c nvidia cuda-nvcc={major} cuda-cudart-dev={major}`), put its nvcc on PATH or set CUDA_HOME, and install "
+        "fastgan again. Everything else works without it."
     )
     if not nvcc.is_file():
-        where = f"CUDA_HOME={homes[0]}" if homes else "PATH and /usr/local/cuda"
-        raise BuildError(f"nvcc was not found (looked in {where}). {advice}")
+        raise BuildError(f"nvcc was not found (looked in {looked}). {advice}")
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
     match = re.search(r"release (\d+)\.(\d+)", said.stdout)
     if not match:
@@ -259,8 +300,8 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
     version = (int(match[1]), int(match[2]))
     if str(version[0]) != major:
         raise BuildError(
-            f"nvcc is CUDA {version[0]}.{version[1]} ({nvcc}), but torch was built for CUDA {torch_cuda}; the major "
-            f"versions must agree. {advice}"
+            f"nvcc is CUDA {version[0]}.{version[1]} ({nvcc}), but torch was built for CUDA {torch_cuda}; the "
+            f"major versions must agree. {advice}"
         )
     # nvcc on PATH may be a wrapper elsewhere: ask nvcc itself where its toolkit is.
     dry = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
@@ -272,9 +313,9 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
 
 
 def cuda_architectures(version: tuple[int, int]) -> tuple[str, ...]:
-    """Compute capabilities such as ("8.0", "9.0+PTX"): `TORCH_CUDA_ARCH_LIST`, or a default for nvcc's version.
+    """Compute capabilities such as ("8.0", "9.0+PTX"): `TORCH_CUDA_ARCH_LIST`, or a default for this nvcc.
 
-    The default has one entry per binary-compatible family from 7.5 up, and PTX of the last for what comes later.
+    The default has one entry per binary-compatible family from 7.5 up, and PTX of the last for later ones.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if not asked:
@@ -285,8 +326,8 @@ def cuda_architectures(version: tuple[int, int]) -> tuple[str, ...]:
     for word in words:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", word):
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST has {word!r}; expected compute capabilities such as '8.0;9.0+PTX' or the names "
-                f"{', '.join(_ARCH_NAMES)}."
+                f"TORCH_CUDA_ARCH_LIST has {word!r}; expected compute capabilities such as '8.0;9.0+PTX' or the "
+                f"names {', '.join(_ARCH_NAMES)}."
             )
     return tuple(words)
 
@@ -301,7 +342,7 @@ def gencode(architectures: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(flags)
 
 
-# --- running the build ------------------------------------------------------------------------------------------
+# --- running the build ----------------------------------------------------------------------------------------
 
 
 def build(parameters: BuildParameters, folder: Path, output: Path) -> None:
@@ -317,19 +358,14 @@ def build(parameters: BuildParameters, folder: Path, output: Path) -> None:
     if run.returncode:
         log = folder / "build.log"
         log.write_text(run.stdout)
-        raise BuildError(
-            f"compiling the {parameters.library} library failed: {first_error(run.stdout)} (the whole log: {log})"
-        )
+        error = first_error(run.stdout)
+        raise BuildError(f"compiling the {parameters.library} library failed: {error} (the whole log: {log})")
 
 
 def first_error(log: str) -> str:
     """The first line of a build log that names an error, or its last line."""
     lines = [line.strip() for line in log.strip().splitlines() if line.strip()]
-    named = [
-        line
-        for line in lines
-        if re.search(r"\berror\b|undefined reference|cannot find|not found|Killed", line)
-    ]
+    named = [line for line in lines if re.search(r"\berror\b|undefined reference|cannot find|not found|Killed", line)]
     return (named or lines or ["no output"])[0 if named else -1]
 
 

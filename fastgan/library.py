@@ -1,8 +1,8 @@
-"""Loading the compiled libraries: `load("cpu")` makes `torch.ops.fastgan_cpu` exist, `load("cuda")` `torch.ops.fastgan_cuda`.
+"""Loading the compiled libraries: `load("cpu")` makes `torch.ops.fastgan_cpu` exist, `load("cuda")` likewise.
 
-A library built by `pip install` is taken when it fits the sources and the running torch; otherwise it is built just in
-time, once, into a folder named after its content. `FASTGAN_JIT=1` always takes the just-in-time library and
-`FASTGAN_JIT=0` never. `FASTGAN_CACHE` moves the folder (default: `~/.cache/fastgan`).
+A library built by `pip install` is taken when it fits the sources and the running torch; otherwise it is built
+just in time, once, into a folder named after its content. `FASTGAN_JIT=1` always takes the just-in-time library
+and `FASTGAN_JIT=0` never. `FASTGAN_CACHE` moves the folder (default: `~/.cache/fastgan`).
 """
 
 import contextlib
@@ -18,8 +18,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from fastgan import build
 from fastgan.errors import BackendError
 
@@ -28,10 +26,12 @@ _mutex = threading.Lock()
 
 
 def load(library: str) -> None:
-    """Make the operators of `library` ("cpu" or "cuda") available under `torch.ops`, building them if need be.
+    """Make the operators of `library` ("cpu" or "cuda") exist under `torch.ops`, building them if need be.
 
     The outcome is remembered: a failure is raised as the same `BackendError` on every later call, at no cost.
     """
+    import torch
+
     with _mutex:
         if library not in _outcomes:
             try:
@@ -40,15 +40,13 @@ def load(library: str) -> None:
             except build.BuildError as error:
                 _outcomes[library] = BackendError(f"the {library} library is not available: {error}")
             except OSError as error:
-                _outcomes[library] = BackendError(
-                    f"the {library} library was built but does not load: {error}"
-                )
+                _outcomes[library] = BackendError(f"the {library} library does not load: {error}")
     if (failure := _outcomes[library]) is not None:
         raise failure
 
 
 def status(library: str) -> str:
-    """One sentence for `python -m fastgan.info`: where `library` comes from, or why it is missing. Builds nothing."""
+    """One sentence for `python -m fastgan.info`: where `library` comes from or why it is missing. Never builds."""
     if library in _outcomes:
         failure = _outcomes[library]
         return "loaded" if failure is None else str(failure)
@@ -74,13 +72,11 @@ def _find_or_build(library: str) -> Path:
         if record is not None:
             return _package_file(build.library_filename(library))
         if jit == "0":
-            raise build.BuildError(
-                f"{reason}, and FASTGAN_JIT=0 forbids building it now. Install fastgan again."
-            )
-    return _build_just_in_time(library, reason, retry=jit == "1")
+            raise build.BuildError(f"{reason}, and FASTGAN_JIT=0 forbids building it now. Install fastgan again.")
+    return build_just_in_time(library, reason, retry=jit == "1")
 
 
-# --- the library that came with the installation ----------------------------------------------------------------
+# --- the library that came with the installation --------------------------------------------------------------
 
 
 def _package_file(name: str) -> Path:
@@ -108,12 +104,14 @@ def _prebuilt(library: str) -> tuple[dict[str, str] | None, str]:
 
 
 def mismatch(record: dict[str, str], library: str) -> str:
-    """Why a library with this record must not be loaded here: built for X, running Y. Empty when it may be."""
+    """Why a library with this record must not be loaded here (built for X, running Y); empty when it may be."""
     checks = [
         ("machine", record.get("machine"), platform.machine()),
         ("sources", record.get("sources"), build.source_digest(library)),
     ]
     if library == "cuda":
+        import torch
+
         built, running = record.get("cuda", "none"), torch.version.cuda or "none"
         checks.append(("CUDA major version", built.split(".")[0], running.split(".")[0]))
     for what, built_for, here in checks:
@@ -134,10 +132,11 @@ def write_record(path: Path, record: dict[str, str]) -> None:
     os.replace(temporary, path)
 
 
-# --- just in time -----------------------------------------------------------------------------------------------
+# --- just in time ---------------------------------------------------------------------------------------------
 
 
-def _build_just_in_time(library: str, reason: str, retry: bool) -> Path:
+def build_just_in_time(library: str, reason: str, retry: bool = False) -> Path:
+    """The file of the library built from the present sources: at once when it was built before."""
     parameters = build.get_build_parameters(library)
     folder = _jit_folder(parameters)
     output, record, failure = (
@@ -151,9 +150,8 @@ def _build_just_in_time(library: str, reason: str, retry: bool) -> Path:
         if record.is_file():  # another process built it while this one waited
             return output
         if failure.is_file() and not retry:
-            raise build.BuildError(
-                f"{json.loads(failure.read_text())['error']} (remembered from an earlier try; FASTGAN_JIT=1 tries again)"
-            )
+            error = json.loads(failure.read_text())["error"]
+            raise build.BuildError(f"{error} (remembered from an earlier try; FASTGAN_JIT=1 tries again)")
         start = time.monotonic()
         count = len(parameters.units)
         _say(f"building the {library} library ({reason}): {count} files into {folder}")
@@ -191,7 +189,7 @@ def _writable(folder: Path) -> Path:
             pass
     except OSError as error:
         raise build.BuildError(
-            f"the build folder {folder} cannot be written ({error.strerror}); set FASTGAN_CACHE to one that can"
+            f"the build folder {folder} cannot be written ({error.strerror}); set FASTGAN_CACHE to another"
         ) from error
     status = folder.stat()
     if status.st_uid not in (os.getuid(), 0) or status.st_mode & stat.S_IWOTH:
@@ -204,7 +202,7 @@ def _writable(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path, library: str) -> Iterator[None]:
-    """One builder at a time. The operating system frees the lock when its holder dies, so a left-over file is harmless."""
+    """One builder at a time. The system frees the lock when its holder dies, so a left-over file is harmless."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -41,7 +41,12 @@ def supported_instruction_sets() -> list[str]:
     return sets
 
 
-SHOW = "from fastgan import library; library.load('cpu'); import torch; print(torch.ops.fastgan_cpu.instruction_set())"
+SHOW = """
+import torch
+from fastgan import library
+library.load("cpu")
+print(torch.ops.fastgan_cpu.instruction_set())
+"""
 
 
 def test_best_instruction_set_runs():
@@ -68,7 +73,7 @@ def test_unknown_instruction_set_is_an_error():
 
 
 def test_smaller_instruction_sets_are_linked_first():
-    """Shared inline functions are taken from the first object, so it must be the one for the smallest processor."""
+    """Shared inline functions are taken from the first object, which must suit the smallest processor."""
     objects = [u.object for u in build.get_build_parameters("cpu").units]
     suffixes = [o.removesuffix(".o").rsplit(".", 1)[1] for o in objects]
     order = [list(build.INSTRUCTION_SETS).index(s) if s in build.INSTRUCTION_SETS else -1 for s in suffixes]
@@ -78,5 +83,5 @@ def test_smaller_instruction_sets_are_linked_first():
 
 def test_unknown_library_lists_the_known_ones(monkeypatch):
     monkeypatch.setattr(library, "_outcomes", {})
-    with pytest.raises(BackendError, match=r"library must be one of cpu, cuda; got 'tpu'"):
+    with pytest.raises(BackendError, match=r"library must be one of cpu, cuda, simt; got 'tpu'"):
         library.load("tpu")
