@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
         "int scheme) -> (Tensor, Tensor)");
   m.def("weight_gradient(Tensor large, Tensor? large_second, Tensor? large_constants, float large_slope, Tensor small, "
         "Tensor? small_second, Tensor? small_constants, float small_slope, int scheme) -> Tensor");
+  m.def("gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target) -> (Tensor, Tensor, Tensor)");
   m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
   m.def("bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) -> Tensor");
   m.def("bn_act_reduce(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) "
@@ -38,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
   m.impl("block_apply", TORCH_BOX(&fastgan::cpu::block_apply));
   m.impl("block_reduce", TORCH_BOX(&fastgan::cpu::block_reduce));
   m.impl("block_backward", TORCH_BOX(&fastgan::cpu::block_backward));
+  m.impl("gan_bce", TORCH_BOX(&fastgan::cpu::gan_bce));
   m.impl("bn_stats", TORCH_BOX(&fastgan::cpu::bn_stats));
   m.impl("bn_act", TORCH_BOX(&fastgan::cpu::bn_act));
   m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cpu::bn_act_reduce));

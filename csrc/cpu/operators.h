@@ -55,4 +55,8 @@ torch::stable::Tensor block_backward(torch::stable::Tensor dz, torch::stable::Te
                                      std::optional<torch::stable::Tensor> constants,
                                      std::optional<torch::stable::Tensor> gradient_constants, double slope);
 
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> gan_bce(
+    std::optional<torch::stable::Tensor> real, std::optional<torch::stable::Tensor> fake, double real_target,
+    double fake_target);
+
 }  // namespace fastgan::cpu
