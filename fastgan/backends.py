@@ -266,6 +266,12 @@ def record(recorder: Callable[[str, Tensor, Decision], None] | None) -> None:
     _recorder = recorder
 
 
+def note(operation: str, tensor: Tensor, decision: Decision) -> None:
+    """Let `explain` see a choice that was not made by `choose`."""
+    if _recorder is not None:
+        _recorder(operation, tensor, decision)
+
+
 def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
     device = tensor.device.type
     if backend is not None:
