@@ -180,6 +180,24 @@ def test_what_is_not_finite_stays_visible(value):
     assert not torch.isfinite(got[expected]).any()
 
 
+@pytest.mark.parametrize("channels", [3, 8, 17, 24])
+@pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
+def test_nothing_of_an_earlier_call_is_read(channels, scheme):
+    """Working memory is kept between calls: what a call with NaN leaves in it must not reach the next."""
+    large, small, weight = sides(2, 32, 32, 4, 4, False)
+    nothing = (None, None, 1.0)
+
+    def run(large, small, weight):
+        to_large = convolve([small], weight, True, (8, 8), scheme)[0]
+        gradient = torch.ops.fastgan_cpu.weight_gradient(large, *nothing, small, *nothing, scheme)
+        return convolve([large], weight, False, (4, 4), scheme)[0], to_large, gradient
+
+    for result in run(large * torch.nan, small * torch.nan, weight * torch.nan):
+        assert result.isnan().all()
+    for result in run(*sides(2, channels, channels, 4, 4, False)):
+        assert result.isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
 def test_scales(scale):
     large, small, weight = sides(2, 64, 64, 4, 4, False)

@@ -76,8 +76,11 @@ void operand_row(const Source<T>& s, int64_t C, int64_t at, int64_t pixels, T* o
   for (int64_t i = 0; i < pixels; i++, at += C, out += out_channels) {
     int64_t c = 0;
     for (; c + lanes<T> <= C; c += lanes<T>) store(out + c, operand<T, kind>(s, C, at + c, c, lanes<T>));
-    if (c < C) store(out + c, operand<T, kind>(s, C, at + c, c, C - c), std::min<int64_t>(lanes<T>, out_channels - c));
-    for (c += lanes<T>; c < out_channels; c += lanes<T>) store(out + c, Vec<T>{}, out_channels - c);
+    if (c < C) {
+      store(out + c, operand<T, kind>(s, C, at + c, c, C - c), std::min<int64_t>(lanes<T>, out_channels - c));
+      c += lanes<T>;
+    }
+    for (; c < out_channels; c += lanes<T>) store(out + c, Vec<T>{}, out_channels - c);
   }
 }
 

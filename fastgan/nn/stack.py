@@ -47,7 +47,8 @@ class ConvStack(Blocks):
                 continue
             for block in part:
                 backends.enter_layer(block.name)
-                backends.note("conv_stack", input, backends.Decision("cpu", f"one unit from layer {name} on"))
+                operation = "conv_bn_act" if isinstance(block.conv, nn.Conv2d) else "conv_transpose_bn_act"
+                backends.note(operation, input, backends.Decision("cpu", f"one unit from layer {name} on"))
             input = run_blocks(part, input)
         return input
 
