@@ -86,12 +86,14 @@ def test_resources_are_within_the_budget(source, tmp_path):
     for kernel, by_architecture in measured.items():
         assert by_architecture.keys() == budget[kernel].keys()
         for architecture, (registers, shared, spilled, threads) in by_architecture.items():
-            allowed_registers, allowed_shared, _ = budget[kernel][architecture]
+            allowed_registers, allowed_shared, expected_occupancy = budget[kernel][architecture]
             where = f"{kernel} on {architecture}"
             assert spilled == 0, where
             assert registers <= allowed_registers + SLACK, where
             assert shared <= allowed_shared, where
-            assert occupancy(architecture, registers, shared, threads) > 0, where
+            least = occupancy(architecture, allowed_registers + SLACK, allowed_shared, threads)
+            assert least <= occupancy(architecture, registers, shared, threads), where
+            assert expected_occupancy == round(occupancy(architecture, *budget[kernel][architecture][:2], threads), 3)
 
 
 def test_occupancy():
@@ -107,6 +109,8 @@ def main():
     for source in SOURCES:
         with tempfile.TemporaryDirectory() as folder:
             measured = compile_kernels(source, Path(folder))
+        spilling = [k for k, by in measured.items() if any(spilled for _, _, spilled, _ in by.values())]
+        assert not spilling, spilling
         kernels[source] = {
             kernel: {a: [r, s, round(occupancy(a, r, s, t), 3)] for a, (r, s, spilled, t) in by.items()}
             for kernel, by in sorted(measured.items())

@@ -118,7 +118,7 @@ __device__ __forceinline__ void for_positions(const Operation& operation, unsign
 // Operation: channel(c) gives the constants of a channel, load<V>(offset) the V elements of its inputs there, and
 // apply<V>(offset, loaded, constants) stores what becomes of them, where constants(i) is the channel of element i.
 template <int V, class Operation>
-__global__ void __launch_bounds__(block_threads) map_channels_last(Operation operation, int64_t rows, int channels, int lanes) {
+__global__ void __launch_bounds__(block_threads, 2) map_channels_last(Operation operation, int64_t rows, int channels, int lanes) {
   int channel = (blockIdx.x * lanes + threadIdx.x % lanes) * V;
   if (channel >= channels) return;
   typename Operation::Channel constants[V];
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(block_threads) map_channels_last(Operation ope
 }
 
 template <int V, class Operation>
-__global__ void __launch_bounds__(block_threads) map_contiguous(Operation operation, unsigned n, unsigned hw, int channels) {
+__global__ void __launch_bounds__(block_threads, 2) map_contiguous(Operation operation, unsigned n, unsigned hw, int channels) {
   typename Operation::Channel constants = operation.channel(blockIdx.x);
   for_positions<V>(operation, n, hw, channels, blockIdx.x, [&](int64_t offset, const auto& loaded) {
     operation.template apply<V>(offset, loaded, [&](int) { return constants; });
