@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tolerance import assert_as_right_as_torch
 from torch import Tensor, nn
 
 from fastgan import library
@@ -13,7 +14,6 @@ from fastgan.backends import counts, reset_counts, use_backend
 from fastgan.explanation import explain
 from fastgan.nn import Discriminator, Generator
 from fastgan.nn.stack import Block, ConvStack, parts, why_unfused
-from tests.tolerance import assert_as_right_as_torch
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import assert_as_right_as_torch
 from torch import Tensor
 
 from fastgan import library
-from tests.tolerance import assert_as_right_as_torch
 
 AUTOMATIC, WINOGRAD, DIRECT = 0, 1, 2
 SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd last row and column
