@@ -7,10 +7,43 @@
 
 STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
   m.def("instruction_set() -> str");
+  m.def("convolve(Tensor input, Tensor? second, Tensor? constants, float slope, Tensor weight, bool to_large, "
+        "int height, int width, bool statistics, Tensor? output_y, Tensor? output_constants, float output_slope, "
+        "int scheme) -> (Tensor, Tensor)");
+  m.def("weight_gradient(Tensor large, Tensor? large_second, Tensor? large_constants, float large_slope, Tensor small, "
+        "Tensor? small_second, Tensor? small_constants, float small_slope, int scheme) -> Tensor");
+  m.def("gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target) -> (Tensor, Tensor, Tensor)");
+  m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
+  m.def("bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) -> Tensor");
+  m.def("bn_act_reduce(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) "
+        "-> (Tensor, Tensor)");
+  m.def("bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope, "
+        "Tensor? grad_weight, Tensor? grad_bias, int count) -> Tensor");
+  m.def("block_constants(Tensor sums, int count, Tensor? weight, Tensor? bias, float eps, Tensor(a!)? running_mean, "
+        "Tensor(b!)? running_var, float momentum) -> Tensor");
+  m.def("block_apply(Tensor y, Tensor constants, float slope) -> Tensor");
+  m.def("block_reduce(Tensor dz, Tensor y, Tensor constants, float slope) -> Tensor");
+  m.def("block_backward(Tensor dz, Tensor y, Tensor? constants, Tensor? gradient_constants, float slope) -> Tensor");
+  m.def("block_gradient_constants(Tensor sums, Tensor constants, int count) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&fastgan::cpu::instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
+  m.impl("convolve", TORCH_BOX(&fastgan::cpu::convolve));
+  m.impl("weight_gradient", TORCH_BOX(&fastgan::cpu::weight_gradient));
+  m.impl("block_constants", TORCH_BOX(&fastgan::cpu::block_constants));
+  m.impl("block_gradient_constants", TORCH_BOX(&fastgan::cpu::block_gradient_constants));
+  m.impl("block_apply", TORCH_BOX(&fastgan::cpu::block_apply));
+  m.impl("block_reduce", TORCH_BOX(&fastgan::cpu::block_reduce));
+  m.impl("block_backward", TORCH_BOX(&fastgan::cpu::block_backward));
+  m.impl("gan_bce", TORCH_BOX(&fastgan::cpu::gan_bce));
+  m.impl("bn_stats", TORCH_BOX(&fastgan::cpu::bn_stats));
+  m.impl("bn_act", TORCH_BOX(&fastgan::cpu::bn_act));
+  m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cpu::bn_act_reduce));
+  m.impl("bn_act_backward", TORCH_BOX(&fastgan::cpu::bn_act_backward));
 }
 #endif
 

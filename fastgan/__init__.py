@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from fastgan.backends import use_backend as use_backend
     from fastgan.ema import Ema as Ema
     from fastgan.explanation import explain as explain
+    from fastgan.nn.fusion import fuse as fuse
     from fastgan.step import GanStep as GanStep
 
 _HOME = {
     "Ema": "fastgan.ema",
     "GanStep": "fastgan.step",
     "explain": "fastgan.explanation",
+    "fuse": "fastgan.nn.fusion",
     "use_backend": "fastgan.backends",
 }
 _SUBMODULES = ("data", "losses", "nn", "ops", "optim")

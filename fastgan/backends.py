@@ -75,6 +75,7 @@ _DTYPES = {
 }
 _PREFERRED_ON_CUDA = ("triton",)
 _OPTIONAL = frozenset({"update_running_stats"})
+_IN_PLACE = frozenset({"update_running_stats", "adam_ema"})  # a comparison would run them twice: never compared
 
 Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
@@ -265,6 +266,12 @@ def record(recorder: Callable[[str, Tensor, Decision], None] | None) -> None:
     _recorder = recorder
 
 
+def note(operation: str, tensor: Tensor, decision: Decision) -> None:
+    """Let `explain` see a choice that was not made by `choose`."""
+    if _recorder is not None:
+        _recorder(operation, tensor, decision)
+
+
 def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
     device = tensor.device.type
     if backend is not None:
@@ -321,7 +328,7 @@ def run(backend: str, name: str, *args: Any, forced: bool = False) -> Any:
     A kernel that missed gives way to eager, or where the backend was `forced` raises BackendError.
     """
     first = args[0] if isinstance(args[0], Tensor) else args[1]
-    if backend != "eager" and first.device.type in _VERIFIED_ON_FIRST_USE:
+    if backend != "eager" and name not in _IN_PLACE and first.device.type in _VERIFIED_ON_FIRST_USE:
         key = (backend, name, first.dtype, layout(first), first.device)
         verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
         if verdict is not None:
@@ -341,8 +348,6 @@ def _verify(key: tuple, args: tuple) -> str | None:
     """Compare a kernel with the definition on the real arguments; None if it agrees, else why it is
     disabled."""
     backend, name, dtype, how, device = key
-    if name in _OPTIONAL:
-        return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "not compared yet: a comparison needs the host, and a CUDA graph is being captured"
     few = _settle[_stem_of[name]](name, _few(args))

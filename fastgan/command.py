@@ -20,6 +20,11 @@ def run_command(main: Callable[[], None], *, debug: bool) -> int:
             traceback.print_exc()
         print(f"error: {_explain(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported for a name
+            raise
+        print(f"error: out of memory; lower --batch-size or the widths ({error})".splitlines()[0], file=sys.stderr)
+        return 2
     return 0
 
 
@@ -27,8 +32,8 @@ def _explain(error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error)
     advice = {
-        errno.ENOSPC: "free some space, then go on with --resume",
-        errno.EDQUOT: "free some space, then go on with --resume",
+        errno.ENOSPC: "free some space; a training run goes on with --resume",
+        errno.EDQUOT: "free some space; a training run goes on with --resume",
         errno.EACCES: "choose a folder that you may write to",
         errno.EPERM: "choose a folder that you may write to",
         errno.EROFS: "choose a folder that you may write to",

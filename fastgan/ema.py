@@ -18,8 +18,11 @@ class Ema:
         ramp_up: at the start the half-life is at most this share of the images seen so far, so that the
             random initial weights do not linger (Karras et al., 2020, arXiv:2006.06676); 0 turns it off.
 
-    The running statistics are averaged with the same weight as the parameters: statistics of the last step
-    would belong to other weights than the averaged ones. Counters are copied.
+    Running statistics are averaged with the same weight as the parameters: those of the last step would belong to
+    other weights than the averaged ones. Other buffers (counters, spectral normalisation's vectors) are copied.
+
+    Raises:
+        FastganError: a value out of range; parameters of 16 bits, in which an average of small steps stands still.
     """
 
     def __init__(self, module: nn.Module, half_life_kimg: float = 10.0, ramp_up: float = 0.05) -> None:
@@ -27,6 +30,9 @@ class Ema:
             raise FastganError(f"half_life_kimg must be above 0, got {half_life_kimg}")
         if not 0 <= ramp_up <= 1:
             raise FastganError(f"ramp_up must be in [0, 1], got {ramp_up}")
+        for name, parameter in module.named_parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                raise FastganError(f"Ema: {name} is {parameter.dtype}; expected fp32 parameters (use autocast)")
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.half_life = half_life_kimg * 1000
         self.ramp_up = ramp_up
@@ -42,16 +48,15 @@ class Ema:
     def update(self, module: nn.Module, batch_size: int, images_seen: int) -> None:
         """Move the average towards `module` after it was trained on `batch_size` further images."""
         share = 1.0 - self.decay(batch_size, images_seen)
-        averages: list[torch.Tensor] = []
-        currents: list[torch.Tensor] = []
-        for average, current in zip(self._tensors(self.module), self._tensors(module), strict=True):
-            if average.is_floating_point():
-                averages.append(average)
-                currents.append(current.detach())
-            else:
-                average.copy_(current)
+        averages = [*self.module.parameters(), *_running_statistics(self.module)]
+        currents = [*module.parameters(), *_running_statistics(module)]
         torch._foreach_lerp_(averages, currents, share)
+        done = {id(tensor) for tensor in averages}
+        for average, current in zip(self.module.buffers(), module.buffers(), strict=True):
+            if id(average) not in done:
+                average.copy_(current)
 
-    @staticmethod
-    def _tensors(module: nn.Module) -> list[torch.Tensor]:
-        return [*module.parameters(), *module.buffers()]
+
+def _running_statistics(module: nn.Module) -> list[torch.Tensor]:
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    return [buffer for m in norms for buffer in (m.running_mean, m.running_var) if buffer is not None]

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastgan.files import replacing
+
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Tile uint8 images [N, H, W, C] row by row into one [rows*H, columns*W, C], nearly square by default.
@@ -39,9 +41,5 @@ def png(image: np.ndarray) -> bytes:
 
 def save_png(image: np.ndarray, path: Path) -> None:
     """Write `image` [H, W, C] uint8; readers never see half a file."""
-    temporary = path.with_name(path.name + ".writing")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(png(image))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

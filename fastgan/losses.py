@@ -5,8 +5,8 @@ With D(x) = sigmoid(logit), the textbook's game is min over G, max over D of
     V(D, G) = E[log D(x)] + E[log(1 - D(G(z)))]
 
 D *maximises* V, so the discriminator's loss is -V; G *minimises* V, of which only the second term depends on it.
-Every function works in the logits' dtype, is finite for logits of +-100 in fp32 (log sigmoid is never taken as
-log(sigmoid(x))), returns a mean over the batch [], and can be differentiated twice.
+Every function is finite for logits of +-100 in fp32 (log sigmoid is never taken as log(sigmoid(x))), returns a mean
+over the batch [], and can be differentiated twice.
 """
 
 from collections.abc import Callable
@@ -126,9 +126,9 @@ def wgan_gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
 
 
 def interpolate(real: Tensor, fake: Tensor) -> Tensor:
-    """A random point between each pair of images [N, C, H, W]; detached, requires grad."""
+    """A random point between each pair of images [N, ...]; detached, requires grad."""
     _same_shape("interpolate", real, fake)
-    share = torch.rand(len(real), 1, 1, 1, dtype=real.dtype, device=real.device)
+    share = torch.rand(len(real), *[1] * (real.dim() - 1), dtype=real.dtype, device=real.device)
     return torch.lerp(real.detach(), fake.detach(), share).requires_grad_()
 
 

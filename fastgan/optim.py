@@ -43,12 +43,13 @@ def make_optimizer(
 def lr_scale(kimg: float, *, total_kimg: float, warmup_kimg: float = 0.0, decay: str = "none") -> float:
     """The factor on the learning rate after `kimg` thousand images: linear warm-up, then constant or a half cosine.
 
-    A pure function of the position, so that nothing of it needs saving. In (0, 1]; the cosine ends at 0.
+    A pure function of the position, so that nothing of it needs saving. In [0, 1]: 0 is the cosine's end, and the
+    first step of a warm-up counts as 1e-3 kimg, so that it moves.
     """
     if decay not in DECAYS:
         raise FastganError(f"lr_decay must be one of {', '.join(DECAYS)}, got {decay!r}")
     if kimg < warmup_kimg:
-        return max(kimg, 1e-3) / warmup_kimg
+        return min(max(kimg, 1e-3) / warmup_kimg, 1.0)
     if decay == "none" or total_kimg <= warmup_kimg:
         return 1.0
     progress = min((kimg - warmup_kimg) / (total_kimg - warmup_kimg), 1.0)

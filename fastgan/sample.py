@@ -1,9 +1,7 @@
 """`python -m fastgan.sample RUN`: images from a trained generator, as pictures, an array or a film."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +14,8 @@ from torch import Tensor
 from fastgan import images
 from fastgan.command import run_command
 from fastgan.data import to_uint8
-from fastgan.errors import FastganError
+from fastgan.errors import CheckpointError, FastganError
+from fastgan.files import replacing
 from fastgan.nn import Generator
 from fastgan.train import checkpoint
 from fastgan.train.config import TrainConfig
@@ -119,11 +118,13 @@ def sample(options: Options) -> Path:
         images.save_png(images.grid(np.concatenate(list(batches)), options.columns), out)
     elif kind == "npy":
         shape = (options.n, generator.image_size, generator.image_size, generator.channels)
-        with _replacing(out) as temporary:
-            array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            for index, batch in enumerate(batches):
-                array[index * options.batch_size :][: len(batch)] = batch
-            array.flush()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as temporary, open(temporary, "wb") as file:
+            # Written, not mapped into memory: on a full disk a mapping dies of a signal instead of an error.
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in batches:
+                file.write(batch.tobytes())
     else:
         out.mkdir(parents=True, exist_ok=True)
         digits = max(5, len(str(options.n - 1)))
@@ -148,7 +149,7 @@ def _output(options: Options) -> tuple[str, Path]:
     """What to write and where to."""
     kind: str = options.format
     if options.out is None:
-        folder = checkpoint.resolve(options.run).parent.parent
+        folder = _run_folder(options.run)
         kind = "grid" if kind == "auto" else kind
         names = {"grid": "samples.png", "png": "samples-png", "npy": "samples.npy"}
         return kind, folder / names.get(kind, f"samples.{kind}")
@@ -162,6 +163,13 @@ def _output(options: Options) -> tuple[str, Path]:
     if kind != "png" and options.out.is_dir():
         raise FastganError(f"--out: --format {kind} writes one file; {options.out} is a folder")
     return kind, options.out
+
+
+def _run_folder(path: Path) -> Path:
+    try:
+        return checkpoint.run_of(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; say where to write with --out") from error
 
 
 def _images(generator: Generator, latents: Tensor) -> np.ndarray:
@@ -183,9 +191,10 @@ def _film(generator: Generator, options: Options, stops: int = 4) -> Iterator[np
 
 
 def _save_film(kind: str, frames: Iterator[np.ndarray], out: Path, fps: int) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "gif":
         first, *rest = [images.picture(frame) for frame in frames]
-        with _replacing(out) as temporary:
+        with replacing(out) as temporary:
             first.save(temporary, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
         return
     try:
@@ -194,7 +203,7 @@ def _save_film(kind: str, frames: Iterator[np.ndarray], out: Path, fps: int) -> 
     except ImportError as error:
         raise FastganError("--format mp4 needs the extra: pip install 'fastgan[video]'; gif works without") from error
     with (
-        _replacing(out) as temporary,
+        replacing(out) as temporary,
         imageio.get_writer(temporary, format="FFMPEG", fps=fps, macro_block_size=2, codec="libx264") as writer,
     ):
         for frame in frames:
@@ -202,18 +211,6 @@ def _save_film(kind: str, frames: Iterator[np.ndarray], out: Path, fps: int) -> 
             writer.append_data(  # type: ignore[attr-defined]
                 np.pad(rgb, ((0, rgb.shape[0] % 2), (0, rgb.shape[1] % 2), (0, 0)))
             )
-
-
-@contextmanager
-def _replacing(out: Path) -> Iterator[Path]:
-    """A temporary file beside `out` that takes its place once it is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.stem}-{os.getpid()}{out.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str]) -> int:

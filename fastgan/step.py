@@ -46,8 +46,8 @@ class GanStep:
         generator_interval: the generator learns on every so many steps (5 is usual for WGAN-GP).
         clip_grad: largest norm of all gradients of a network, or None.
         ema: follows the generator after each of its updates.
-        autocast: run both networks under `torch.autocast` with this dtype; a step with penalties runs in fp32,
-            because squares of gradients leave the range of 16 bits.
+        autocast: run both networks under `torch.autocast` with this dtype. Penalties, and with R1 and R2 the whole
+            discriminator update of that step, run without it: squares of gradients leave the range of 16 bits.
         scaler: for autocast with float16.
         latents: draws the latents, `latents(n)` -> [n, latent_dim]; by default normal(0, 1) from the global
             generator of the parameters' device.
@@ -56,10 +56,10 @@ class GanStep:
         FastganError: unknown loss, a value out of range, `real_target` with a loss that has no targets.
 
     `step(real)`: `real` is [N, C, H, W] in [-1, 1] on the networks' device. It returns metrics as tensors [] on that
-    device, and never waits for the device itself: `loss_d`, `loss_g` (where the generator learnt), `d_real` =
-    mean D(x) and `d_fake` = mean D(G(z)) before the updates, and the penalties that were computed (`r1`, `r2`,
-    `wgan_gp`, without their weights). Gradients that were there before are dropped. `step.steps` and `step.images`
-    count; set both when training goes on from a checkpoint.
+    device and does not wait for the device itself (torch's GradScaler may): `loss_d`, `loss_g` (where the generator
+    learnt), `d_real` = mean D(x) and `d_fake` = mean D(G(z)) before the updates, and the penalties that were computed
+    (`r1`, `r2`, `wgan_gp`, without their weights). Gradients that were there before are dropped. `step.steps` and
+    `step.images` count; set both when training goes on from a checkpoint.
     """
 
     def __init__(
@@ -99,6 +99,11 @@ class GanStep:
                 raise FastganError(f"{name} must be at least 1, got {interval}")
         if clip_grad is not None and clip_grad <= 0:
             raise FastganError(f"clip_grad must be above 0, got {clip_grad}")
+        if shared := {id(p) for p in generator.parameters()} & {id(p) for p in discriminator.parameters()}:
+            raise FastganError(
+                f"GanStep: generator and discriminator share {len(shared)} parameters, which freezing one would freeze "
+                "in both; give each its own"
+            )
         if latents is None:
             latents = _normal_latents(generator, latent_dim)
         self.generator, self.discriminator = generator, discriminator
@@ -114,7 +119,7 @@ class GanStep:
 
     def __call__(self, real: Tensor) -> dict[str, Tensor]:
         updates_generator = self.steps % self.generator_interval == 0
-        with self._precision(real.device), torch.set_grad_enabled(updates_generator):
+        with self.precision(real.device), torch.set_grad_enabled(updates_generator):
             fake = self.generator(self.latents(len(real)))
         metrics = self._update_discriminator(real, fake.detach())
         if updates_generator:
@@ -129,11 +134,11 @@ class GanStep:
 
     def _update_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         penalised = bool(self.r1 or self.r2) and self.steps % self.penalty_interval == 0
+        dtype = next((p.dtype for p in self.discriminator.parameters()), real.dtype)
         if penalised:
-            real = real.detach().requires_grad_(bool(self.r1))
-            fake = _widened(fake).requires_grad_(bool(self.r2))
-        precision = nullcontext() if penalised else self._precision(real.device)
-        with precision:
+            real = real.detach().to(dtype).requires_grad_(bool(self.r1))
+            fake = fake.to(dtype).requires_grad_(bool(self.r2))
+        with _full_precision(real.device) if penalised else self.precision(real.device):
             real_logits = self._logits(real)
             fake_logits = self._logits(fake)
         smoothing = {"real_target": self.real_target} if self.real_target != 1.0 else {}
@@ -153,8 +158,9 @@ class GanStep:
                     metrics[name] = penalty.detach()
                     loss = loss + (0.5 * gamma * self.penalty_interval) * penalty
         if self.wgan_gp:
-            between = losses.interpolate(real, fake.to(real.dtype))
-            penalty = losses.wgan_gradient_penalty(self._logits(between), between)
+            between = losses.interpolate(real.to(dtype), fake.to(dtype))
+            with _full_precision(real.device):
+                penalty = losses.wgan_gradient_penalty(self._logits(between), between)
             metrics["wgan_gp"] = penalty.detach()
             loss = loss + self.wgan_gp * penalty
         self._descend(loss, self.opt_d)
@@ -162,7 +168,7 @@ class GanStep:
 
     def _update_generator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         with frozen(self.discriminator):
-            with self._precision(real.device):
+            with self.precision(real.device):
                 fake_logits = self._logits(fake)
                 if self.loss.paired:
                     with torch.no_grad():
@@ -193,10 +199,18 @@ class GanStep:
         else:
             optimizer.step()
 
-    def _precision(self, device: torch.device) -> AbstractContextManager:
+    def precision(self, device: torch.device) -> AbstractContextManager:
+        """The autocast context in which the networks run."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, self.autocast)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """No autocast, whatever surrounds it."""
+    if not torch.amp.is_autocast_available(device.type):  # such as "meta"
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -211,7 +225,9 @@ def _normal_latents(generator: nn.Module, latent_dim: int | None) -> Callable[[i
             f"GanStep: {type(generator).__name__} has no attribute latent_dim; "
             "pass latent_dim=... or latents=a function from n to latents"
         )
-    parameter = next(generator.parameters())
+    parameter = next(generator.parameters(), None)
+    if parameter is None:
+        raise FastganError(f"GanStep: {type(generator).__name__} has no parameters to train; pass latents=... if meant")
 
     def draw(n: int) -> Tensor:
         return torch.randn(n, dim, dtype=parameter.dtype, device=parameter.device)

@@ -116,7 +116,7 @@ def test_disk_full_from_the_start(arguments, tmp_path, monkeypatch, capsys):
     main([*given[: given.index("--out")], *given[given.index("--out") + 2 :], "--out", str(tmp_path / "warm")])
     monkeypatch.setattr(os, "fsync", full)
     assert main(given) == 2
-    assert "No space left on device; free some space" in capsys.readouterr().err
+    assert "step-000000000.safetensors: No space left on device; free some space" in capsys.readouterr().err
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 

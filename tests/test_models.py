@@ -5,6 +5,7 @@ import torch
 from stock_dcgan import discriminator as stock_discriminator
 from stock_dcgan import generator as stock_generator
 
+from fastgan.backends import use_backend
 from fastgan.errors import FastganError
 from fastgan.nn import Discriminator, Generator
 
@@ -37,8 +38,9 @@ def test_weights_move_to_and_from_the_stock_example():
     assert not torch.allclose(g(z), stock_g(z))  # before: other weights, so the equality below means something
     g.load_state_dict(stock_g.state_dict())
     d.load_state_dict(stock_d.state_dict())
-    assert torch.equal(g(z), stock_g(z))
-    assert torch.equal(d(x).sigmoid(), stock_d(x).flatten())
+    with use_backend("eager"):
+        assert torch.equal(g(z), stock_g(z))
+        assert torch.equal(d(x).sigmoid(), stock_d(x).flatten())
     stock_g.load_state_dict(Generator(base_channels=4).state_dict())
     stock_d.load_state_dict(Discriminator(base_channels=4).state_dict())
 

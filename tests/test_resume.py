@@ -73,17 +73,28 @@ def stop_after(trainer, steps):
     return hook
 
 
-def test_global_random_states_come_back(tiny):
-    run = train(tiny(kimg=0.04))
-    random.seed(123)
-    np.random.seed(5)  # noqa: NPY002 - the global state is what is tested
-    torch.manual_seed(9)
-    states, values = checkpoint.random_states(torch.device("cpu"))
-    expected = (random.random(), np.random.rand(), torch.rand(3))  # noqa: NPY002
-    Trainer(parse(["--resume", str(run), "--kimg", "0.08"]), Console(file=io.StringIO()))
-    checkpoint.set_random_states(states, json.loads(json.dumps(values)), torch.device("cpu"))
-    assert (random.random(), np.random.rand()) == expected[:2]  # noqa: NPY002
-    assert torch.equal(torch.rand(3), expected[2])
+def test_every_global_random_state_goes_on(tiny):
+    """A network or a hook of the user's may draw from any of them."""
+
+    def draws(trainer):
+        drawn = {}
+
+        def draw(*_):
+            numbers = (random.random(), np.random.rand(), torch.rand(()).item())  # noqa: NPY002 - the global state
+            drawn[trainer.step.steps] = numbers
+
+        trainer.step.opt_d.register_step_pre_hook(draw)
+        trainer.run()
+        return drawn
+
+    whole = draws(Trainer(tiny(out="whole", kimg=0.12), Console(file=io.StringIO())))
+    config = tiny(out="parts", kimg=0.08)
+    first = draws(Trainer(config, Console(file=io.StringIO())))
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
+    resumed = parse(["--resume", str(config.out), "--kimg", "0.12"])
+    assert {**first, **draws(Trainer(resumed, Console(file=io.StringIO())))} == whole
 
 
 def test_log_lines_after_the_checkpoint_are_dropped(tiny):
@@ -107,7 +118,33 @@ def test_only_lengths_and_places_may_change(tiny, tmp_path):
     run = train(tiny(kimg=0.04))
     assert parse(["--resume", str(run), "--kimg", "7", "--report-kimg", "2"]).kimg == 7
     with pytest.raises(FastganError, match="--batch-size is 8 in the saved run and cannot become 16"):
-        parse(["--resume", str(run), "--batch-size", "16"])
+        Trainer(parse(["--resume", str(run), "--batch-size", "16"]))
+    with pytest.raises(FastganError, match="--loss is non_saturating in the saved run and cannot become hinge"):
+        Trainer(tiny(resume=run, loss="hinge"))
+
+
+def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(tiny):
+    run = train(tiny())
+    first, last = checkpoint.saved(run)
+    train(parse(["--resume", str(first), "--kimg", "0.152"]))
+    assert [path.name for path in checkpoint.saved(run)] == [first.name, "step-000000019.safetensors"]
+    assert last.with_name(last.name + ".superseded").exists()
+    assert read_log(run)[-1]["step"] == 19
+
+
+def test_moved_data_are_the_same_data(tiny, tiny_images, tmp_path):
+    run = train(tiny(kimg=0.04))
+    moved = tmp_path / "moved.npy"
+    moved.write_bytes(tiny_images.read_bytes())
+    train(parse(["--resume", str(run), "--kimg", "0.08", "--data", str(moved)]))
+
+
+def test_a_checkpoint_outside_a_run_folder_is_not_trained_in(tiny, tmp_path, capsys):
+    stray = tmp_path / "mine" / "best.safetensors"
+    stray.parent.mkdir()
+    stray.write_bytes(checkpoint.saved(train(tiny(kimg=0.04)))[-1].read_bytes())
+    assert "lies in no run folder" in resume_error(stray, capsys)
+    assert [path.name for path in stray.parent.iterdir()] == ["best.safetensors"]
 
 
 def test_other_images_are_noticed(tiny, tiny_images):
@@ -196,18 +233,17 @@ def test_a_full_disk_keeps_the_checkpoints_that_are_there(run_folder, monkeypatc
     before = {path: path.read_bytes() for path in checkpoint.saved(run_folder)}
 
     def full(handle):
-        raise OSError(28, "No space left on device", "checkpoint")
+        raise OSError(28, "No space left on device")  # as the system raises it: without a name
 
     monkeypatch.setattr(os, "fsync", full)
     assert main(["--resume", str(run_folder), "--kimg", "0.2"]) == 2
-    assert "No space left on device; free some space, then go on with --resume" in capsys.readouterr().err
+    assert "checkpoints/step-000000015.safetensors: No space left on device; free some space" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (run_folder / "checkpoints").iterdir()} == before
 
 
 def test_ctrl_c_saves_and_exits_130(arguments, tmp_path):
     process = start(arguments(kimg=10_000.0))
-    wait_for_checkpoint(tmp_path / "run", process)
-    time.sleep(0.3)
+    wait_for_checkpoint(tmp_path / "run", process, after=0)  # by then it listens to signals
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 130, (out, error)
@@ -229,9 +265,10 @@ def start(arguments):
     )
 
 
-def wait_for_checkpoint(run, process):
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints").exists() or not checkpoint.saved(run):
+def wait_for_checkpoint(run, process, after=-1):
+    """Wait for a checkpoint of a later step than `after`."""
+    deadline = time.monotonic() + 240
+    while not any(int(path.stem.split("-")[1]) > after for path in checkpoint.saved(run)):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -244,21 +281,19 @@ def kill_and_resume(arguments, tmp_path, kills, seed, kimg):
     assert whole.wait(timeout=600) == 0, whole.communicate()
     run = tmp_path / "broken"
     command = arguments(out="broken", kimg=kimg)
-    killed = 0
-    while killed < kills:
+    for life in range(kills):
         process = start(command)
-        wait_for_checkpoint(run, process)
-        before = checkpoint.saved(run)[-1]
-        while checkpoint.saved(run)[-1] == before and process.poll() is None:  # each life makes some progress
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.1))
+        if life % 3 == 1:  # while it starts: resuming, rewriting the log, before its first save
+            time.sleep(moments.uniform(0, 4))
+        else:  # while it trains and saves
+            done = max((int(path.stem.split("-")[1]) for path in checkpoint.saved(run)), default=0)
+            wait_for_checkpoint(run, process, after=done)
+            time.sleep(moments.uniform(0, 0.1))
         process.kill()
         process.communicate()
-        if process.returncode == 0:  # it was done before the kill: too few steps for so many kills
-            break
-        killed += 1
-        command = ["--resume", str(run)]
-    assert killed == kills
+        assert process.returncode == -signal.SIGKILL, "it was done before the kill: too few steps for so many kills"
+        if checkpoint.saved(run):
+            command = ["--resume", str(run)]
     end = start(["--resume", str(run)])
     assert end.wait(timeout=600) == 0, end.communicate()
     assert_same_run(tmp_path / "whole", run)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan import Ema, GanStep, losses
+from fastgan.backends import use_backend
 from fastgan.errors import FastganError
 from fastgan.nn import Discriminator, Generator
 from fastgan.optim import make_optimizer
@@ -67,7 +68,7 @@ def test_no_weight_gradient_of_the_discriminator_is_computed_in_the_generators_u
     convolutions_g = sum(isinstance(m, nn.ConvTranspose2d) for m in g.modules())
     convolutions_d = sum(isinstance(m, nn.Conv2d) for m in d.modules())
     step = make_step(g, d)
-    with WeightGradients() as counter:
+    with use_backend("eager"), WeightGradients() as counter:
         step(real_batch())
     # D learns from real and fake; G's update goes through D for the gradient of its input only.
     assert counter.calls["weight"] == 2 * convolutions_d + convolutions_g
@@ -189,10 +190,35 @@ def test_discriminator_statistics_are_updated_three_times_as_in_the_stock_step()
 
 def test_bf16_autocast_trains_fp32_weights():
     g, d = networks()
-    metrics = make_step(g, d, autocast=torch.bfloat16, r1=1.0, penalty_interval=2)
-    values = [metrics(real_batch()) for _ in range(2)]
+    step = make_step(g, d, autocast=torch.bfloat16, r1=1.0, penalty_interval=2)
+    values = [step(real_batch()) for _ in range(2)]
     assert all(value.dtype == torch.float32 and value.isfinite() for entry in values for value in entry.values())
     assert {p.dtype for network in (g, d) for p in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("network", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("images", [torch.float32, torch.bfloat16])
+def test_penalties_take_what_the_step_takes(network, images):
+    g, d = networks(network)
+    autocast = torch.bfloat16 if network != images else None
+    step = make_step(g, d, r1=1.0, r2=1.0, wgan_gp=1.0, autocast=autocast)
+    assert all(value.isfinite() for value in step(real_batch(dtype=images)).values())
+
+
+def test_penalties_are_in_full_precision_within_the_callers_autocast():
+    g, d = networks()
+    seen = []
+    d.main[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        make_step(g, d, r1=1.0)(real_batch())
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]  # D(x) and D(G(z)), then G's update
+
+
+def test_shared_parameters_are_refused():
+    g, d = networks()
+    d.main[2].weight = g.main[3].weight
+    with pytest.raises(FastganError, match="share 1 parameters"):
+        make_step(g, d)
 
 
 def test_own_networks_need_only_say_their_latent_length():
@@ -244,6 +270,22 @@ class TestEma:
         ema.update(module, 1000, 0)
         torch.testing.assert_close(ema.module.running_mean, module.running_mean / 2)
         assert ema.module.num_batches_tracked == module.num_batches_tracked == 1
+
+    def test_vectors_of_spectral_normalisation_are_copied(self):
+        module = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        ema = Ema(module, half_life_kimg=1.0, ramp_up=0)
+        with torch.no_grad():
+            for _ in range(5):
+                module.parametrizations.weight.original.copy_(torch.randn(4, 4))
+                module(torch.randn(2, 4))
+                ema.update(module, 500, 0)
+        state, average = module.state_dict(), ema.module.state_dict()
+        for name in ("parametrizations.weight.0._u", "parametrizations.weight.0._v"):
+            assert torch.equal(average[name], state[name])
+
+    def test_16_bits_are_refused(self):
+        with pytest.raises(FastganError, match=r"weight is torch.bfloat16; expected fp32"):
+            Ema(nn.Linear(1, 1).bfloat16())
 
     def test_it_is_in_eval_mode_and_has_a_life_of_its_own(self):
         module = nn.BatchNorm1d(2)

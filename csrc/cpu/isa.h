@@ -45,4 +45,11 @@ Isa isa();
     }                                                                                    \
   }()
 
+// The same for kernels that no AVX-512 machine has run yet: at most their AVX2 copy.
+#define FASTGAN_PROVED(...)                                                            \
+  [&] {                                                                                \
+    FASTGAN_IF_AVX2(if (isa() != Isa::plain) return avx2::__VA_ARGS__;)                \
+    return plain::__VA_ARGS__;                                                         \
+  }()
+
 }  // namespace fastgan::cpu

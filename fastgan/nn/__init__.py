@@ -2,5 +2,6 @@
 
 from fastgan.nn.blocks import Blocks
 from fastgan.nn.models import Discriminator, Generator, dcgan_init_
+from fastgan.nn.stack import ConvStack
 
-__all__ = ["Blocks", "Discriminator", "Generator", "dcgan_init_"]
+__all__ = ["Blocks", "ConvStack", "Discriminator", "Generator", "dcgan_init_"]

@@ -1,6 +1,6 @@
 """The DCGAN networks (Radford, Metz, Chintala, 2016, arXiv:1511.06434).
 
-Both are one `Blocks` (an `nn.Sequential` that fuses) called `main` with the module order of PyTorch's stock DCGAN
+Both are one `ConvStack` (an `nn.Sequential` that fuses) called `main` with the module order of PyTorch's stock DCGAN
 example, so at 64 pixels a `state_dict` moves between the two unchanged.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.errors import FastganError
-from fastgan.nn.blocks import Blocks
+from fastgan.nn.stack import ConvStack
 
 IMAGE_SIZES = (16, 32, 64, 128, 256, 512)
 CHANNELS = (1, 3, 4)
@@ -87,7 +87,7 @@ class Generator(nn.Module):
                 _activation(negative_slope),
             ]
         layers += [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1, bias=False), nn.Tanh()]
-        self.main = Blocks(*layers)
+        self.main = ConvStack(*layers)
         self.apply(dcgan_init_)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class Discriminator(nn.Module):
                 _activation(negative_slope),
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 0, bias=False))
-        self.main = Blocks(*layers)
+        self.main = ConvStack(*layers)
         self.apply(dcgan_init_)
         if spectral_norm:
             normalise: Callable[[nn.Module], nn.Module] = nn.utils.parametrizations.spectral_norm

@@ -4,22 +4,22 @@ import sys
 from collections.abc import Sequence
 
 from fastgan.command import run_command
+from fastgan.errors import Interrupted
 
 
 def main(arguments: Sequence[str]) -> int:
-    from fastgan.train.config import parse
-
-    def run() -> None:
-        from fastgan.train.dry_run import dry_run
-        from fastgan.train.loop import Trainer
+    def run() -> None:  # imports within: they take seconds, in which Ctrl-C is to end as it does later
+        from fastgan.train.config import parse
 
         config = parse(arguments)
         if config.dry_run:
+            from fastgan.train.dry_run import dry_run
+
             dry_run(config)
         else:
-            Trainer(config).run()
+            from fastgan.train.loop import Trainer
 
-    from fastgan.train.loop import Interrupted
+            Trainer(config).run()
 
     try:
         return run_command(run, debug="--debug" in arguments)

@@ -6,9 +6,9 @@ of it.
 """
 
 import json
-import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.errors import CheckpointError
+from fastgan.files import MARK, replacing
 from fastgan.train.config import TrainConfig
 
 FORMAT = 1
@@ -34,34 +35,16 @@ def write(run: Path, step: int, tensors: Mapping[str, Tensor], header: Mapping[s
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.safetensors"
-    temporary = path.with_suffix(f".writing-{os.getpid()}")
     # safetensors stores no strides: channels-last tensors are stored as contiguous ones, loading copies into place.
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(plain, metadata={_HEADER: json.dumps({"format": FORMAT, **header})})
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(folder)
+    with replacing(path, durable=True) as temporary:
+        temporary.write_bytes(content)
     for old in saved(run)[:-KEPT]:
         old.unlink()
-    for leftover in folder.glob("*.writing-*"):  # of a killed process; this run folder has one writer
+    for leftover in folder.glob(f".*{MARK}*"):  # of a killed process: a run folder has one writer
         leftover.unlink()
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renaming itself durable; a file system without folder handles does that on its own."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def saved(run: Path) -> list[Path]:
@@ -81,32 +64,47 @@ def resolve(path: Path) -> Path:
     return found[-1]
 
 
+def run_of(path: Path) -> Path:
+    """The run folder that `path`, itself or one of its checkpoint files, stands for."""
+    file = resolve(path)
+    if file.parent.name != "checkpoints":
+        raise CheckpointError(f"{file}: lies in no run folder (expected RUN/checkpoints/{file.name})")
+    return file.parent.parent
+
+
+def set_aside_newer(run: Path, step: int) -> None:
+    """Rename the checkpoints after `step`: a run that goes on from there has another future."""
+    for path in saved(run):
+        if int(path.stem.split("-")[1]) > step:
+            path.rename(path.with_name(path.name + ".superseded"))
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and header of a run folder's newest checkpoint, or of a checkpoint file.
 
     Raises:
         CheckpointError: not there, cut short, not one of fastgan's, or of a newer format.
     """
-    from safetensors import SafetensorError, safe_open
-
     file = resolve(path)
-    try:
-        with safe_open(file, framework="pt") as content:
-            header = _header(file, content.metadata())
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: damaged or cut short ({error}).{_older(file)}") from error
-    return tensors, header
+    with _opened(file) as content:
+        header = _header(file, content.metadata())
+        return {name: content.get_tensor(name) for name in content.keys()}, header  # noqa: SIM118 - not a dict
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """The header alone; errors as in `read`."""
+    file = resolve(path)
+    with _opened(file) as content:
+        return _header(file, content.metadata())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
-    file = resolve(path)
     try:
         with safe_open(file, framework="pt") as content:
-            return _header(file, content.metadata())
+            yield content
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or cut short ({error}).{_older(file)}") from error
 

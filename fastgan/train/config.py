@@ -1,5 +1,6 @@
 """One typed configuration: the command line, the saved `config.json` and the Python API."""
 
+import argparse
 import dataclasses
 import json
 import typing
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastgan.errors import FastganError
+from fastgan.files import replacing
 
 LossName = Literal[
     "non_saturating",
@@ -135,7 +137,7 @@ class TrainConfig:
             )
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if value is not None and not (low <= value <= high and abs(value) < float("inf")):
                 span = f"in [{low:g}, {high:g}]" if high < float("inf") else f"at least {low:g}"
                 raise FastganError(f"--{_option(name)}: expected a value {span}; got {value:g}")
         for name in ("lr_g", "lr_d", "kimg", "ema_kimg", "report_kimg", "sample_kimg", "checkpoint_kimg", "clip_grad"):
@@ -206,30 +208,28 @@ def preset(name: str, **changes: Any) -> TrainConfig:
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that command-line `arguments` ask for; usage errors exit with 2."""
-    import tyro
-
-    @dataclass(frozen=True)
-    class First:
-        """What decides the defaults of everything else."""
-
-        data: str = "digits"
-        image_size: int | None = None
-        preset: str | None = None
-        resume: Path | None = None
-
-    first, _ = tyro.cli(First, args=list(arguments), return_unknown_args=True, add_help=False, console_outputs=False)
+    first = _first_look(arguments)
     if first.resume is not None:
         from fastgan.train.checkpoint import read_config
 
-        saved = read_config(first.resume)
-        given = _parse(arguments, dataclasses.replace(saved, resume=first.resume))
-        _check_resumable(saved, given)
-        return given
+        return _parse(arguments, dataclasses.replace(read_config(first.resume), resume=first.resume))
     name = first.preset or preset_for(first.data, first.image_size)
     defaults = preset(name if name in PRESETS else "digits")  # a wrong name is reported by the full parser
     if first.image_size is None and first.preset is None and first.data != "digits":
         defaults = dataclasses.replace(defaults, image_size=64)
     return _parse(arguments, defaults)
+
+
+def _first_look(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options that decide the defaults of all others; what is wrong with them the full parser says."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data", nargs="?", default="digits", const="digits")
+    parser.add_argument(
+        "--image-size", "--image_size", nargs="?", type=lambda text: int(text) if text.isdigit() else None
+    )
+    parser.add_argument("--preset", nargs="?")
+    parser.add_argument("--resume", nargs="?", type=Path)
+    return parser.parse_known_args(list(arguments))[0]
 
 
 def _parse(arguments: Sequence[str], defaults: TrainConfig) -> TrainConfig:
@@ -238,14 +238,15 @@ def _parse(arguments: Sequence[str], defaults: TrainConfig) -> TrainConfig:
     return tyro.cli(TrainConfig, prog="python -m fastgan.train", args=list(arguments), default=defaults)
 
 
-# What a resumed run may change: none of these enters the mathematics of the steps already scheduled,
-# except kimg, which also stretches a cosine decay, as asked.
+# What a resumed run may change. None of it enters the mathematics of the steps, but kimg, which stretches a cosine
+# decay, as asked, and data, which may have moved: the pixels themselves are compared.
 _RESUMABLE = frozenset(
-    "kimg report_kimg sample_kimg checkpoint_kimg tensorboard dry_run debug resume cache device backend".split()  # noqa: SIM905
+    "data kimg report_kimg sample_kimg checkpoint_kimg tensorboard dry_run debug resume cache device backend".split()  # noqa: SIM905
 )
 
 
-def _check_resumable(saved: TrainConfig, given: TrainConfig) -> None:
+def check_resumable(saved: TrainConfig, given: TrainConfig) -> None:
+    """Raise FastganError for the first setting of `given` that a run saved with `saved` cannot take."""
     for item in dataclasses.fields(TrainConfig):
         old, new = getattr(saved, item.name), getattr(given, item.name)
         if old != new and item.name not in _RESUMABLE:
@@ -283,8 +284,8 @@ _RANGES = (
     ("wgan_gp", 0, float("inf")),
     ("penalty_interval", 1, float("inf")),
     ("d_steps", 1, float("inf")),
-    ("beta1", 0, 1),
-    ("beta2", 0, 1),
+    ("beta1", 0, 0.99999),
+    ("beta2", 0, 0.99999),
     ("weight_decay", 0, float("inf")),
     ("warmup_kimg", 0, float("inf")),
     ("ema_rampup", 0, 1),
@@ -293,4 +294,5 @@ _RANGES = (
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write `config` as JSON."""
-    path.write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(config.to_json(), indent=2) + "\n", encoding="utf-8")

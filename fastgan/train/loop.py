@@ -1,14 +1,17 @@
 """The training loop, top to bottom: build, (resume,) step, report, sample, save."""
 
+import fcntl
 import math
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -17,13 +20,13 @@ from fastgan import images, optim
 from fastgan.backends import use_backend, why_not
 from fastgan.data import Batches, DataWarning, PreparedImages, prepare, to_uint8
 from fastgan.ema import Ema
-from fastgan.errors import BackendError, CheckpointError, FastganError
+from fastgan.errors import BackendError, CheckpointError, FastganError, Interrupted
 from fastgan.nn import Discriminator
 from fastgan.sample import build_generator, draw_latents
 from fastgan.step import GanStep
 from fastgan.train import checkpoint
-from fastgan.train.config import TrainConfig, save_config
-from fastgan.train.log import Log
+from fastgan.train.config import TrainConfig, check_resumable, save_config
+from fastgan.train.log import Log, require_tensorboard
 from fastgan.train.progress import Progress, duration
 from fastgan.versions import device_name, versions
 
@@ -32,16 +35,7 @@ REPORT_SECONDS = 20.0  # report.html is drawn at checkpoints, but no more often 
 
 
 class Diverged(FastganError):
-    """A loss or a metric became NaN or infinite."""
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run was saved first. `exit_code` is what a shell expects of the signal."""
-
-    def __init__(self, number: int, saved: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; saved {saved}")
-        self.exit_code = 128 + number
-        self.run_folder = saved.parent.parent
+    """A loss, a metric or a weight became NaN or infinite."""
 
 
 class Trainer:
@@ -55,8 +49,10 @@ class Trainer:
     def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
         config.check()
         self.config = config
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, markup=False)
         self.device = choose_device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.precision = choose_precision(config.precision, self.device)
         check_backend(config.backend, self.device, self.precision)
         self.data = _prepare(config, self.console)
@@ -102,11 +98,15 @@ class Trainer:
         self.fixed_latents = draw_latents(GRID, config.latent_dim, config.seed).to(self.device)
         self._layers: list[tuple[str, ...]] | None = None
         self.seconds = 0.0  # spent in training steps, over all sessions of the run
+        if config.tensorboard:
+            require_tensorboard()
         if config.resume is not None:
-            self.run_folder = _run_of(config.resume)
+            self.run_folder = checkpoint.run_of(config.resume)
+            self._lock = _lock(self.run_folder)
             self._load(config.resume)
         else:
             self.run_folder = make_run_folder(config)
+            self._lock = _lock(self.run_folder)
 
     @property
     def kimg(self) -> float:
@@ -116,50 +116,56 @@ class Trainer:
         """Train until `config.kimg`; returns the run folder.
 
         Raises:
-            Diverged: a metric is NaN or infinite; nothing is saved after it.
+            Diverged: a metric or a weight is NaN or infinite; nothing is saved after it.
             Interrupted: Ctrl-C or SIGTERM, after saving.
             OSError: the disk is full or not writable; the last checkpoints stay as they were.
         """
-        save_config(self.config, self.run_folder / "config.json")
-        self._announce()
-        if self.step.steps == 0:
-            self._sample()
-            self._save()  # shows at once whether the disk takes it, and a run can be resumed from its first second
-        log = Log(self.run_folder, self.step.steps, self.config.tensorboard)
-        window = _Window()
-        reported = -math.inf
+        forced = use_backend(self.config.backend) if self.config.backend != "auto" else nullcontext()
         try:
-            with (
-                use_backend(self.config.backend) if self.config.backend != "auto" else nullcontext(),
-                Progress(self.console, self.config.kimg) as progress,
-                _catch_signals() as caught,
-            ):
-                while self.kimg < self.config.kimg:
-                    self._train_step(window)
-                    stopping = list(caught)  # looked at once: a signal may come at any moment
-                    last = self.kimg >= self.config.kimg or bool(stopping)
-                    if last or self._due(self.config.report_kimg) or self._due(self.config.checkpoint_kimg):
-                        report = self._report(window)
-                        log.write(report)
-                        progress.show(report)
-                    if last or self._due(self.config.sample_kimg):
-                        self._sample()
-                    if last or self._due(self.config.checkpoint_kimg):
-                        saved = self._save()
-                        if last or time.monotonic() - reported > REPORT_SECONDS:
-                            self._write_html()
-                            reported = time.monotonic()
-                        if stopping:
-                            raise Interrupted(stopping[0], saved)
+            with forced, _catch_signals() as caught:
+                self._run(caught)
         finally:
-            log.close()
             self.batches.close()
+            self._lock.close()
         self.console.print(
             f"{self.run_folder}: done after {duration(self.seconds)} of training. "
             f"Open {self.run_folder / 'report.html'}",
             soft_wrap=True,
         )
         return self.run_folder
+
+    def _run(self, caught: list[int]) -> None:
+        save_config(self.config, self.run_folder / "config.json")
+        self._announce()
+        if self.step.steps == 0:
+            self._sample()
+            self._save()  # shows at once whether the disk takes it, and a run can be resumed from its first second
+        window = _Window()
+        reported = -math.inf
+        with (
+            closing(Log(self.run_folder, self.step.steps, self.config.tensorboard)) as log,
+            Progress(self.console, self.config.kimg) as progress,
+        ):
+            while self.kimg < self.config.kimg:
+                self._train_step(window)
+                progress.advance(self.step.steps, self.kimg)
+                stopping = list(caught)  # looked at once: a signal may come at any moment
+                last = self.kimg >= self.config.kimg or bool(stopping)
+                if last or self._due(self.config.report_kimg) or self._due(self.config.checkpoint_kimg):
+                    report = self._report(window)
+                    log.write(report)
+                    progress.show(report)
+                if last or self._due(self.config.sample_kimg):
+                    self._sample()
+                if last or self._due(self.config.checkpoint_kimg):
+                    saved = self._save()
+                    if time.monotonic() - reported > REPORT_SECONDS:
+                        self._write_html()
+                        reported = time.monotonic()
+                    if stopping:
+                        self._write_html()
+                        raise Interrupted(stopping[0], saved)
+        self._write_html()
 
     def _train_step(self, window: "_Window") -> None:
         scale = optim.lr_scale(
@@ -185,12 +191,13 @@ class Trainer:
         """Read the metrics since the last report (the only place that waits for the device) and average them."""
         start = time.perf_counter()
         averages = self._averages(window.metrics)
-        self.seconds += window.seconds + time.perf_counter() - start
+        seconds = window.seconds + time.perf_counter() - start
+        self.seconds += seconds
         report = {
             "step": self.step.steps,
             "kimg": self.kimg,
             "seconds": round(self.seconds, 3),
-            "images_per_second": round(window.images / (window.seconds + time.perf_counter() - start), 1),
+            "images_per_second": round(window.images / seconds, 1),
             **averages,
             "lr_g": self.opt_g.param_groups[0]["lr"],
             "lr_d": self.opt_d.param_groups[0]["lr"],
@@ -214,20 +221,24 @@ class Trainer:
             ]
         if wrong:
             step, name, value = min(wrong, key=lambda entry: entry[0])
-            raise Diverged(
-                f"step {step}: {name} is {value}. Nothing was saved after it; the last good checkpoint is "
-                f"{checkpoint.resolve(self.run_folder)}. Lower --lr-g and --lr-d, or add --r1 or --clip-grad"
-            )
+            raise self._diverged(f"step {step}: {name} is {value}")
         return averages
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
+            f"{what}. Nothing was saved after it; the last good checkpoint is "
+            f"{checkpoint.resolve(self.run_folder)}. Lower --lr-g and --lr-d, or add --r1 or --clip-grad"
+        )
 
     def _sample(self) -> None:
         folder = self.run_folder / "samples"
         folder.mkdir(exist_ok=True)
         with torch.no_grad():
-            samples = to_uint8(self.ema.module(self.fixed_latents))
-        images.save_png(images.grid(samples), folder / f"kimg-{self.kimg:09.3f}.png")
+            batches = [to_uint8(self.ema.module(z)) for z in self.fixed_latents.split(self.config.batch_size)]
+        images.save_png(images.grid(np.concatenate(batches)), folder / f"kimg-{self.kimg:09.3f}.png")
 
     def _save(self) -> Path:
+        checkpoint.set_aside_newer(self.run_folder, self.step.steps)
         random_tensors, random_values = checkpoint.random_states(self.device)
         tensors = {
             **checkpoint.prefixed("generator", self.generator.state_dict()),
@@ -250,17 +261,21 @@ class Trainer:
             "batches": self.batches.state_dict(),
             "data": self.data.fingerprint,
             "versions": versions(),
+            "machine": device_name(self.device),
         }
-        path = checkpoint.write(self.run_folder, self.step.steps, tensors, header)
-        return path
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise self._diverged(f"after step {self.step.steps}: {name} is not finite")
+        return checkpoint.write(self.run_folder, self.step.steps, tensors, header)
 
     def _load(self, source: Path) -> None:
         path = checkpoint.resolve(source)
         tensors, header = checkpoint.read(path)
+        check_resumable(TrainConfig.from_json(header["config"], str(path)), self.config)
         if header["data"] != self.data.fingerprint:
             raise CheckpointError(
                 f"{path}: was trained on other images than {self.data.source} now holds; a run can only go on with "
-                "the same files"
+                "the same images"
             )
         checkpoint.load_module(self.generator, "generator", tensors, path)
         checkpoint.load_module(self.discriminator, "discriminator", tensors, path)
@@ -273,8 +288,9 @@ class Trainer:
         self.step.steps, self.step.images = header["steps"], header["images"]
         self.seconds = header["seconds"]
         checkpoint.set_random_states(checkpoint.part("random", tensors), header["random"], self.device)
-        if header["versions"] != versions():
-            changed = [name for name, value in versions().items() if header["versions"].get(name) != value]
+        changed = [name for name, value in versions().items() if header["versions"].get(name) != value]
+        changed += ["the processor"] if header["machine"] != device_name(self.device) else []
+        if changed:
             self.console.print(
                 f"note: {', '.join(changed)} changed since this was saved; the run goes on, but perhaps not bit for bit"
             )
@@ -318,22 +334,23 @@ class _Window:
 def _catch_signals() -> Iterator[list[int]]:
     """Turn the first Ctrl-C or SIGTERM into an entry of the list, a second one into the usual end."""
     caught: list[int] = []
-    before: dict[int, Any] = {}
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Ignored signals stay ignored, and a handler that was not set from Python could not be set again.
+    usual = {number: handler for number, handler in usual.items() if handler not in (None, signal.SIG_IGN)}
 
-    def handler(number: int, frame: Any) -> None:
+    def note(number: int, frame: Any) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, usual[signal.Signals(number)])
 
+    if threading.current_thread() is not threading.main_thread():
+        usual = {}  # signals reach the main thread only, and whoever started this one handles them
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handler)
-    except ValueError:  # not the main thread: whoever started the thread handles signals
-        pass
-    try:
+        for number in usual:
+            signal.signal(number, note)
         yield caught
     finally:
-        for caught_number, old in before.items():
-            signal.signal(caught_number, old)
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def choose_device(name: str) -> torch.device:
@@ -373,7 +390,7 @@ def check_backend(name: str, device: torch.device, precision: torch.dtype) -> No
 def make_run_folder(config: TrainConfig) -> Path:
     """Create `config.out`, or the next free runs/NNNNN-name; FastganError where something is there already."""
     if config.out is not None:
-        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        if config.out.exists() and not _is_free(config.out):
             raise FastganError(
                 f"--out: {config.out} is there already and not empty; choose another folder, "
                 f"or go on with --resume {config.out}"
@@ -394,9 +411,23 @@ def make_run_folder(config: TrainConfig) -> Path:
     raise FastganError("runs/: no free run number; pass --out")
 
 
-def _run_of(resume: Path) -> Path:
-    """The run folder of what `--resume` names."""
-    return checkpoint.resolve(resume).parent.parent
+def _is_free(folder: Path) -> bool:
+    """Whether a run may begin in `folder`: nothing is there but what a run left that never saved a checkpoint."""
+    own = {".lock", "config.json", "log.jsonl", "samples", "checkpoints", "report.html"}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= own and not checkpoint.saved(folder)
+
+
+def _lock(run: Path) -> IO[str]:
+    """Hold `run` for this process until the file is closed or the process ends, however it ends."""
+    lock = open(run / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held for as long as the run
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise FastganError(
+            f"{run}: another process is training in this folder; wait for it or choose another"
+        ) from None
+    return lock
 
 
 @contextmanager

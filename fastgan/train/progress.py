@@ -1,5 +1,6 @@
 """What a person sees while training: one live line on a terminal, plain lines elsewhere."""
 
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -35,11 +36,13 @@ def line(report: Mapping[str, Any], total_kimg: float) -> str:
 
 
 class Progress:
-    """`with Progress(console, total_kimg) as progress: progress.show(report)`."""
+    """`with Progress(console, total_kimg) as progress: progress.advance(step, kimg); progress.show(report)`."""
 
     def __init__(self, console: Console, total_kimg: float) -> None:
         self.console, self.total_kimg = console, total_kimg
         self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        self._report: Mapping[str, Any] | None = None
+        self._updated = 0.0
 
     def __enter__(self) -> "Progress":
         if self._live:
@@ -52,9 +55,24 @@ class Progress:
         if self._live:
             self._live.stop()
 
+    def advance(self, step: int, kimg: float) -> None:
+        """Note a step that was made; on a terminal the line shows it at once, with the metrics of the last report."""
+        if self._live and time.monotonic() - self._updated > 0.25:
+            self._updated = time.monotonic()
+            if self._report is None:
+                self._show(f"step {step:>6}  kimg {kimg:.1f}/{self.total_kimg:g}")
+            else:
+                self._show(line({**self._report, "step": step, "kimg": kimg}, self.total_kimg))
+
     def show(self, report: Mapping[str, Any]) -> None:
+        """Show a report of `log.jsonl`."""
+        self._report = report
         text = line(report, self.total_kimg)
         if self._live:
-            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+            self._show(text)
         else:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _show(self, text: str) -> None:
+        assert self._live is not None
+        self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))

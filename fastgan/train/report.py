@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from fastgan import images
 from fastgan.explanation import explain
+from fastgan.files import replacing
 from fastgan.train.log import read_log
 from fastgan.train.progress import duration
 from fastgan.versions import device_name, versions
@@ -71,12 +71,8 @@ def write_report(run: Path, trainer: "Trainer", layers: list[tuple[str, ...]]) -
         config=_rows(trainer.config.to_json().items()),
         versions=_rows(versions().items()),
     )
-    temporary = run / "report.html.writing"
-    try:
+    with replacing(run / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, run / "report.html")
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def layer_rows(trainer: "Trainer") -> list[tuple[str, ...]]:
@@ -89,7 +85,9 @@ def layer_rows(trainer: "Trainer") -> list[tuple[str, ...]]:
         ("generator", trainer.generator, latents),
         ("discriminator", trainer.discriminator, images_like.contiguous(memory_format=torch.channels_last)),
     ):
-        for layer in explain(network, sample, None if trainer.config.backend == "auto" else trainer.config.backend):
+        with trainer.step.precision(trainer.device):
+            layers = explain(network, sample, None if trainer.config.backend == "auto" else trainer.config.backend)
+        for layer in layers:
             shape = " x ".join(map(str, layer.shape))
             rows.append((title, layer.name, layer.operation, shape, layer.decision.backend, layer.decision.reason))
     return rows

@@ -1,0 +1,214 @@
+// What stands between two convolutions, image by image: how a convolution's operand is made from what is stored, and
+// what happens to its result on the way to memory. Notation of the design: v = s*(y - mu) + beta, z = phi(v),
+// dy = A*g + B*(y - mu) + C.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "cpu/vec.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+
+// Per-channel constants: rows of a [rows, C] tensor.
+enum ActivationRow { row_mean, row_scale, row_shift, activation_rows };  // more rows may follow
+enum GradientRow { row_a, row_b, row_c, row_gradient_mean, gradient_rows };
+
+template <class T>
+FASTGAN_INLINE Vec<T> normalised(Vec<T> y, Vec<T> mean, Vec<T> scale, Vec<T> shift) {
+  return fma(y - mean, scale, shift);
+}
+
+template <class T>
+FASTGAN_INLINE Vec<T> activated(Vec<T> v, Vec<T> slope) {
+  // slope 0 maps -inf to 0, not to NaN; NaN passes through.
+  Vec<T> negative = slope == Vec<T>{} ? (v != v ? v : Vec<T>{}) : v * slope;
+  return v > Vec<T>{} ? v : negative;
+}
+
+// A convolution's operand, channels-last [N, H, W, C]:
+//   plain:       a
+//   activation:  phi(s*(a - mu) + beta),       constants [mu, s, beta]
+//   gradient:    A*a + B*(b - mu) + C,         constants [A, B, C, mu]
+enum class Operand { plain, activation, gradient };
+
+template <class T>
+struct Source {
+  Operand kind = Operand::plain;
+  const T* a = nullptr;
+  const T* b = nullptr;
+  const T* constants = nullptr;
+  T slope = 1;
+};
+
+// What becomes of a convolution's result x:
+//   plain:       stored
+//   statistics:  stored; mean and sum of squared deviations of each channel
+//   backward:    stored as x * phi'(v(y)); its sum and the sum of its product with (y - mu), constants [mu, s, beta]
+enum class Finish { plain, statistics, backward };
+
+template <class T>
+struct Sink {
+  Finish kind = Finish::plain;
+  T* out = nullptr;
+  const T* y = nullptr;
+  const T* constants = nullptr;
+  T slope = 1;
+  T* partial = nullptr;  // [image * blocks_per_image][2][C]
+};
+
+template <class T, Operand kind>
+FASTGAN_INLINE Vec<T> operand(const Source<T>& s, int64_t C, int64_t at, int64_t c, int64_t n) {
+  Vec<T> a = load(s.a + at, n);
+  auto constant = [&](int row) __attribute__((always_inline)) { return load(s.constants + row * C + c, n); };
+  if constexpr (kind == Operand::activation) {
+    return activated<T>(normalised<T>(a, constant(row_mean), constant(row_scale), constant(row_shift)), splat(s.slope));
+  } else if constexpr (kind == Operand::gradient) {
+    Vec<T> deviation = load(s.b + at, n) - constant(row_gradient_mean);
+    return fma(constant(row_a), a, fma(constant(row_b), deviation, constant(row_c)));
+  } else {
+    return a;
+  }
+}
+
+// `pixels` consecutive pixels from offset `at` on, to out [pixels][out_channels]; channels from C on become 0.
+template <class T, Operand kind>
+void operand_row(const Source<T>& s, int64_t C, int64_t at, int64_t pixels, T* out, int64_t out_channels) {
+  for (int64_t i = 0; i < pixels; i++, at += C, out += out_channels) {
+    int64_t c = 0;
+    for (; c + lanes<T> <= C; c += lanes<T>) store(out + c, operand<T, kind>(s, C, at + c, c, lanes<T>));
+    if (c < C) {
+      store(out + c, operand<T, kind>(s, C, at + c, c, C - c), std::min<int64_t>(lanes<T>, out_channels - c));
+      c += lanes<T>;
+    }
+    for (; c < out_channels; c += lanes<T>) store(out + c, Vec<T>{}, out_channels - c);
+  }
+}
+
+// Where an image stands in its padded working copy [rows][columns][channels]: from (border, border) on, 0 around it.
+// The zeros come after the prologue by construction.
+struct Frame {
+  int64_t rows, columns, channels, border;
+  int64_t size() const { return rows * columns * channels; }
+  int64_t offset(int64_t y, int64_t x) const { return ((y + border) * columns + x + border) * channels; }
+};
+
+template <class T>
+void read_image(const Source<T>& s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, T* copy) {
+  int64_t below = frame.rows - frame.border - H, right = frame.columns - frame.border - W;
+  std::fill_n(copy, frame.border * frame.columns * frame.channels, T(0));
+  std::fill_n(copy + frame.size() - below * frame.columns * frame.channels, below * frame.columns * frame.channels, T(0));
+  for (int64_t y = 0; y < H; y++) {
+    T* row = copy + frame.offset(y, 0);
+    int64_t at = (image * H + y) * W * C;
+    std::fill_n(row - frame.border * frame.channels, frame.border * frame.channels, T(0));
+    std::fill_n(row + W * frame.channels, right * frame.channels, T(0));
+    if (s.kind == Operand::plain && frame.channels == C) {
+      std::copy_n(s.a + at, W * C, row);
+    } else if (s.kind == Operand::plain) {
+      operand_row<T, Operand::plain>(s, C, at, W, row, frame.channels);
+    } else if (s.kind == Operand::activation) {
+      operand_row<T, Operand::activation>(s, C, at, W, row, frame.channels);
+    } else {
+      operand_row<T, Operand::gradient>(s, C, at, W, row, frame.channels);
+    }
+  }
+}
+
+// Statistics are gathered in blocks of whole rows of one image, of about this many pixels, and combined in their order:
+// the same for any number of threads.
+constexpr int64_t block_pixels = 256;
+inline int64_t block_rows(int64_t W) { return std::max<int64_t>(1, block_pixels / W); }
+inline int64_t blocks_per_image(int64_t H, int64_t W) { return (H + block_rows(W) - 1) / block_rows(W); }
+
+// One block of one lane group; `in` steps by in_pixel per pixel and in_row per row, memory is dense.
+template <class T, Finish kind>
+FASTGAN_INLINE void finish_lanes(const Sink<T>& s, const T* in, int64_t in_pixel, int64_t in_row, int64_t at, int64_t rows,
+                                 int64_t W, int64_t C, int64_t c, int64_t n, T* partial) {
+  Vec<T> first{}, second{}, mean{}, scale{}, shift{}, slope = splat(s.slope);
+  if constexpr (kind == Finish::statistics) {
+    // A first pass for the mean, nearly: sums of differences from it lose no digits, whatever it is.
+    for (int64_t y = 0; y < rows; y++) {
+      for (int64_t x = 0; x < W; x++) mean += load(in + y * in_row + x * in_pixel, n);
+    }
+    mean /= splat(static_cast<T>(rows * W));
+  }
+  if constexpr (kind == Finish::backward) {
+    mean = load(s.constants + row_mean * C + c, n);
+    scale = load(s.constants + row_scale * C + c, n);
+    shift = load(s.constants + row_shift * C + c, n);
+  }
+  for (int64_t y = 0; y < rows; y++, in += in_row) {
+    const T* p = in;
+    for (int64_t x = 0; x < W; x++, p += in_pixel, at += C) {
+      Vec<T> value = load(p, n);
+      if constexpr (kind == Finish::statistics) {
+        Vec<T> d = value - mean;
+        first += d, second = fma(d, d, second);
+      }
+      if constexpr (kind == Finish::backward) {
+        Vec<T> raw = load(s.y + at, n);
+        value = normalised<T>(raw, mean, scale, shift) > Vec<T>{} ? value : value * slope;
+        first += value, second = fma(value, raw - mean, second);
+      }
+      store(s.out + at, value, n);
+    }
+  }
+  if constexpr (kind == Finish::statistics) {
+    Vec<T> count = splat(static_cast<T>(rows * W)), offset = first / count;
+    second = second - first * offset;
+    first = mean + offset;
+  }
+  if constexpr (kind != Finish::plain) store(partial + c, first, n), store(partial + C + c, second, n);
+}
+
+template <class T, Finish kind>
+void finish_block(const Sink<T>& s, const T* in, int64_t in_pixel, int64_t in_row, int64_t at, int64_t rows, int64_t W,
+                  int64_t C, T* partial) {
+  int64_t c = 0;
+  for (; c + lanes<T> <= C; c += lanes<T>) {
+    finish_lanes<T, kind>(s, in + c, in_pixel, in_row, at + c, rows, W, C, c, lanes<T>, partial);
+  }
+  if (c < C) finish_lanes<T, kind>(s, in + c, in_pixel, in_row, at + c, rows, W, C, c, C - c, partial);
+}
+
+template <class T>
+void write_image(const Sink<T>& s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, const T* copy) {
+  int64_t step = block_rows(W);
+  for (int64_t y = 0, block = image * blocks_per_image(H, W); y < H; y += step, block++) {
+    int64_t rows = std::min(step, H - y), at = (image * H + y) * W * C;
+    const T* in = copy + frame.offset(y, 0);
+    T* partial = s.partial + block * 2 * C;
+    if (s.kind == Finish::statistics) {
+      finish_block<T, Finish::statistics>(s, in, frame.channels, frame.columns * frame.channels, at, rows, W, C, partial);
+    } else if (s.kind == Finish::backward) {
+      finish_block<T, Finish::backward>(s, in, frame.channels, frame.columns * frame.channels, at, rows, W, C, partial);
+    } else {
+      finish_block<T, Finish::plain>(s, in, frame.channels, frame.columns * frame.channels, at, rows, W, C, nullptr);
+    }
+  }
+}
+
+// Combines the blocks' (mean, m2) by Chan's rule, or adds up their two sums, in the order of the blocks and in double.
+// count_of(block) is the number of values per channel in a block.
+template <class T, class F>
+void combine_blocks(Finish kind, const T* partial, int64_t blocks, const F& count_of, int64_t C, T* out) {
+  std::vector<double> first(C), second(C);
+  double count = 0;
+  for (int64_t block = 0; block < blocks; block++, partial += 2 * C) {
+    double n = static_cast<double>(count_of(block)), total = count + n;
+    for (int64_t c = 0; c < C; c++) {
+      if (kind == Finish::statistics) {
+        double delta = partial[c] - first[c];
+        first[c] += delta * (n / total);
+        second[c] += partial[C + c] + delta * delta * (count * n / total);
+      } else {
+        first[c] += partial[c], second[c] += partial[C + c];
+      }
+    }
+    count = total;
+  }
+  std::copy(first.begin(), first.end(), out);
+  std::copy(second.begin(), second.end(), out + C);
+}
+
+}  // namespace fastgan::cpu::FASTGAN_ISA

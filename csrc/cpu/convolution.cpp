@@ -1,0 +1,88 @@
+#include "cpu/convolution.h"
+
+#include "cpu/operators.h"
+#include "cpu/tensors.h"
+
+namespace fastgan::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const void* pointer(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// An operand's three tensors: a [N, C, H, W], with constants [4, C], or with b like a and constants [4, C].
+OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& constants,
+                 double slope) {
+  ScalarType dtype = a.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": input must be float32 or float64");
+  check(op, "input", a, shape_of(a), true, dtype);
+  STD_TORCH_CHECK(!b || constants, op, ": a second operand needs constants");
+  if (b) check(op, "second operand", *b, shape_of(a), true, dtype);
+  if (constants) check(op, "constants", *constants, {4, a.size(1)}, false, dtype);
+  return {a.const_data_ptr(), pointer(b), pointer(constants), slope};
+}
+
+void run(const Convolution& c, ScalarType dtype) {
+  if (c.N == 0) return;
+  FASTGAN_PROVED(run_convolution(c, dtype == ScalarType::Double));
+}
+
+void check_sides(const char* op, int64_t large, int64_t small) {
+  STD_TORCH_CHECK(small >= 1 && large / 2 == small, op, ": the large side must be twice the small one or one more, got ",
+                  large, " and ", small);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, std::optional<Tensor> constants, double slope,
+                                    Tensor weight, bool to_large, int64_t height, int64_t width, bool statistics,
+                                    std::optional<Tensor> output_y, std::optional<Tensor> output_constants,
+                                    double output_slope, int64_t scheme) {
+  const char* op = "convolve";
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, op, ": input and weight must have 4 dimensions");
+  ScalarType dtype = input.scalar_type();
+  int64_t N = input.size(0), K = weight.size(0), C = weight.size(1), from = to_large ? K : C, to = to_large ? C : K;
+  OperandView operand = view(op, input, second, constants, slope);
+  check(op, "input", input, {N, from, input.size(2), input.size(3)}, true, dtype);
+  check(op, "weight", weight, {K, C, 4, 4}, false, dtype);
+  check_sides(op, to_large ? height : input.size(2), to_large ? input.size(2) : height);
+  check_sides(op, to_large ? width : input.size(3), to_large ? input.size(3) : width);
+  STD_TORCH_CHECK(!output_y == !output_constants, op, ": output_y and output_constants come together");
+  STD_TORCH_CHECK(!(statistics && output_y), op, ": statistics and output_y exclude each other");
+  Tensor out = empty_channels_last(input, {N, to, height, width});
+  Tensor sums = torch::stable::new_zeros(input, {statistics || output_y ? 2 : 0, to});
+  ResultView result{out.mutable_data_ptr(), sums.numel() ? sums.mutable_data_ptr() : nullptr};
+  if (output_y) {
+    check(op, "output_y", *output_y, {N, to, height, width}, true, dtype);
+    check(op, "output_constants", *output_constants, {4, to}, false, dtype);
+    result.y = output_y->const_data_ptr(), result.constants = output_constants->const_data_ptr();
+    result.slope = output_slope;
+  }
+  Convolution c{to_large ? Direction::to_large : Direction::to_small,
+                N, C, to_large ? height : input.size(2), to_large ? width : input.size(3),
+                K, to_large ? input.size(2) : height, to_large ? input.size(3) : width, scheme};
+  c.weight = weight.const_data_ptr(), c.result = result;
+  (to_large ? c.small : c.large) = operand;
+  run(c, dtype);
+  return {out, sums};
+}
+
+Tensor weight_gradient(Tensor large, std::optional<Tensor> large_second, std::optional<Tensor> large_constants,
+                       double large_slope, Tensor small, std::optional<Tensor> small_second,
+                       std::optional<Tensor> small_constants, double small_slope, int64_t scheme) {
+  const char* op = "weight_gradient";
+  STD_TORCH_CHECK(large.dim() == 4 && small.dim() == 4, op, ": both sides must have 4 dimensions");
+  Convolution c{Direction::to_weight, large.size(0), large.size(1), large.size(2), large.size(3),
+                small.size(1), small.size(2), small.size(3), scheme};
+  c.large = view(op, large, large_second, large_constants, large_slope);
+  c.small = view(op, small, small_second, small_constants, small_slope);
+  check(op, "small side", small, {c.N, c.K, c.H, c.W}, true, large.scalar_type());
+  check_sides(op, c.LH, c.H);
+  check_sides(op, c.LW, c.W);
+  Tensor out = c.N ? torch::stable::new_empty(large, {c.K, c.C, 4, 4}) : torch::stable::new_zeros(large, {c.K, c.C, 4, 4});
+  c.result.out = out.mutable_data_ptr();
+  run(c, large.scalar_type());
+  return out;
+}
+
+}  // namespace fastgan::cpu

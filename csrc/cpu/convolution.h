@@ -1,0 +1,40 @@
+// A 4x4 stride-2 padding-1 convolution between a large side [N, LH, LW, C] and a small side [N, H, W, K], as plain
+// pointers: what convolution.cpp checks and convolution.isa.cpp computes. Weight [K, C, 4, 4], contiguous.
+#pragma once
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace fastgan::cpu {
+
+// See block.h: without constants plain; with constants phi(s*(a - mu) + beta); with b and constants A*a + B*(b - mu) + C.
+struct OperandView {
+  const void* a = nullptr;
+  const void* b = nullptr;
+  const void* constants = nullptr;
+  double slope = 1;
+};
+
+// With sums [2, channels] the statistics of the result; with sums, y and constants its product with phi'(v(y)) and two sums.
+struct ResultView {
+  void* out = nullptr;
+  void* sums = nullptr;
+  const void* y = nullptr;
+  const void* constants = nullptr;
+  double slope = 1;
+};
+
+enum class Direction { to_small, to_large, to_weight };
+constexpr int64_t scheme_automatic = 0, scheme_winograd = 1, scheme_direct = 2;
+
+struct Convolution {
+  Direction direction;
+  int64_t N, C, LH, LW, K, H, W, scheme;
+  const void* weight = nullptr;
+  OperandView large, small;  // the operands that the direction reads
+  ResultView result;
+};
+
+FASTGAN_DECLARE(void run_convolution(const Convolution& c, bool is_double);)
+
+}  // namespace fastgan::cpu

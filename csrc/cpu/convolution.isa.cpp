@@ -1,0 +1,197 @@
+// The three drivers over a scheme: read and transform the images, multiply, transform back and finish.
+#if !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it
+#include "cpu/convolution.h"
+#include "cpu/parallel.h"
+#include "cpu/schemes.h"
+#include "cpu/scratch.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+// Images whose operands (`per_image` elements each) together stay within the last-level cache.
+int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size) {
+  constexpr int64_t budget = 8 << 20;
+  return std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
+}
+
+// product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each. The transformed weight
+// never exists as a whole, for deep layers it would be 30 MB: panel_of(o, u) makes one output panel's [points][depth][panel]
+// in the cache of the thread that multiplies by it.
+template <class T, class F>
+void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run, T* product,
+                     const F& panel_of) {
+  int64_t depth = in_panels * panel<T>;
+  int64_t cuts = std::clamp<int64_t>(8 / out_panels, 1, rows / 64 + 1), share = (rows + cuts - 1) / cuts;
+  parallel(out_panels * cuts, [&](int64_t task) {
+    int64_t o = task / cuts, first = task % cuts * share, count = std::min(share, rows - first);
+    T* u = scratch<T>(Scratch::weight, points * (depth + 1) * panel<T>);
+    panel_of(o, u);
+    for (int point = 0; point < points; point++) {
+      const T* a = operand + (point * in_panels * stride + first) * panel<T>;
+      T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
+      for (int64_t k = 0; k < depth; k += run) {
+        multiply_rows(a + k * stride, stride * panel<T>, u + (point * (depth + 1) + k) * panel<T>, std::min(run, depth - k), c,
+                      count, k > 0);
+      }
+    }
+  });
+}
+
+template <class T>
+Source<T> source_of(const OperandView& v) {
+  Source<T> s;
+  s.a = static_cast<const T*>(v.a), s.b = static_cast<const T*>(v.b);
+  s.constants = static_cast<const T*>(v.constants), s.slope = static_cast<T>(v.slope);
+  s.kind = v.b ? Operand::gradient : v.constants ? Operand::activation : Operand::plain;
+  return s;
+}
+
+template <class T>
+struct Output {
+  Sink<T> sink;
+  T* sums;
+
+  Output(const ResultView& v, int64_t N, int64_t H, int64_t W, int64_t C) : sums(static_cast<T*>(v.sums)) {
+    sink.out = static_cast<T*>(v.out), sink.y = static_cast<const T*>(v.y);
+    sink.constants = static_cast<const T*>(v.constants), sink.slope = static_cast<T>(v.slope);
+    sink.kind = v.y ? Finish::backward : v.sums ? Finish::statistics : Finish::plain;
+    if (sums) sink.partial = scratch<T>(Scratch::partial, N * blocks_per_image(H, W) * 2 * C);
+  }
+  void combine(int64_t N, int64_t H, int64_t W, int64_t C) const {
+    if (!sums) return;
+    int64_t step = block_rows(W), per_image = blocks_per_image(H, W);
+    auto count_of = [&](int64_t block) { return std::min(step, H - block % per_image * step) * W; };
+    combine_blocks(sink.kind, sink.partial, N * per_image, count_of, C, sums);
+  }
+};
+
+template <class T, class Scheme>
+void to_small(const Sizes& s, const OperandView& large, const T* weight, const ResultView& result) {
+  Scheme scheme(s);
+  Source<T> source = source_of<T>(large);
+  Output<T> output(result, s.N, s.H, s.W, s.K);
+  int64_t in = Scheme::phases * scheme.groups, out = scheme.small_panels, tiles = scheme.tiles();
+  int64_t run = s.C < 64 ? short_run_length : run_length;
+  int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (in + out), sizeof(T));
+  T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * in);
+  T* m = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * out);
+  for (int64_t first = 0; first < s.N; first += step) {
+    int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
+    parallel(count, [&](int64_t i) {
+      T* image = scratch<T>(Scratch::image, scheme.large.size());
+      read_image(source, first + i, s.LH, s.LW, s.C, scheme.large, image);
+      scheme.large_to_operand(image, v + i * tiles * panel<T>, stride);
+    });
+    multiply_points(Scheme::points, v, in, out, rows, stride, run, m, [&](int64_t o, T* u) { scheme.weight_to_small(weight, o, u); });
+    parallel(count, [&](int64_t i) {
+      T* image = scratch<T>(Scratch::image, scheme.small.size());
+      scheme.operand_to_small(m + i * tiles * panel<T>, image, stride);
+      write_image(output.sink, first + i, s.H, s.W, s.K, scheme.small, image);
+    });
+  }
+  output.combine(s.N, s.H, s.W, s.K);
+}
+
+template <class T, class Scheme>
+void to_large(const Sizes& s, const OperandView& small, const T* weight, const ResultView& result) {
+  Scheme scheme(s);
+  Source<T> source = source_of<T>(small);
+  Output<T> output(result, s.N, s.LH, s.LW, s.C);
+  int64_t in = scheme.small_panels, out = Scheme::phases * scheme.groups, tiles = scheme.tiles();
+  // The library sums 4 K terms here, not 16 C: the fewer they are, the less room its own error leaves.
+  int64_t run = s.K < 256 ? short_run_length : run_length;
+  int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (in + out), sizeof(T));
+  T* y = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * in);
+  T* m = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * out);
+  for (int64_t first = 0; first < s.N; first += step) {
+    int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
+    parallel(count, [&](int64_t i) {
+      T* image = scratch<T>(Scratch::image, scheme.small.size());
+      read_image(source, first + i, s.H, s.W, s.K, scheme.small, image);
+      scheme.small_to_operand(image, y + i * tiles * panel<T>, stride);
+    });
+    multiply_points(Scheme::points, y, in, out, rows, stride, run, m, [&](int64_t o, T* u) { scheme.weight_to_large(weight, o, u); });
+    parallel(count, [&](int64_t i) {
+      T* image = scratch<T>(Scratch::image, scheme.large.size());
+      std::fill_n(image, scheme.large.size(), T(0));
+      scheme.operand_to_large(m + i * tiles * panel<T>, image, stride);
+      write_image(output.sink, first + i, s.LH, s.LW, s.C, scheme.large, image);
+    });
+  }
+  output.combine(s.N, s.LH, s.LW, s.C);
+}
+
+template <class T, class Scheme>
+void to_weight(const Sizes& s, const OperandView& large, const OperandView& small, T* weight) {
+  Scheme scheme(s);
+  Source<T> large_source = source_of<T>(large), small_source = source_of<T>(small);
+  int64_t groups = scheme.groups, outer = Scheme::phases * groups, inner = scheme.small_panels, tiles = scheme.tiles();
+  int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (outer + inner), sizeof(T));
+  T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * outer);
+  T* y = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * inner);
+  constexpr int64_t together = 4;  // panels of K whose blocks are summed side by side, so that they stay in cache
+  constexpr int64_t block = panel<T> * panel<T>, blocks = Scheme::points * Scheme::phases * block;
+  int64_t k_groups = (inner + together - 1) / together;
+  bool once = step >= s.N;
+  T* sums = once ? nullptr : scratch<T>(Scratch::sums, groups * k_groups * together * blocks);
+  for (int64_t first = 0; first < s.N; first += step) {
+    int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
+    parallel(count, [&](int64_t i) {
+      T* image = scratch<T>(Scratch::image, std::max(scheme.large.size(), scheme.small.size()));
+      read_image(large_source, first + i, s.LH, s.LW, s.C, scheme.large, image);
+      scheme.large_to_operand(image, v + i * tiles * panel<T>, stride);
+      read_image(small_source, first + i, s.H, s.W, s.K, scheme.small, image);
+      scheme.small_to_operand(image, y + i * tiles * panel<T>, stride);
+    });
+    parallel(groups * k_groups, [&](int64_t task) {
+      int64_t group = task / k_groups, kp = task % k_groups * together, kps = std::min(together, inner - kp);
+      T* sum = once ? scratch<T>(Scratch::image, together * blocks) : sums + task * together * blocks;
+      for (int p = 0; p < Scheme::points; p++) {
+        for (int phase = 0; phase < Scheme::phases; phase++) {
+          const T* a = v + (p * outer + group * Scheme::phases + phase) * stride * panel<T>;
+          for (int64_t k = 0; k < kps; k++) {
+            multiply_transposed(a, y + (p * inner + kp + k) * stride * panel<T>, rows,
+                                sum + k * blocks + (p * Scheme::phases + phase) * block, first > 0);
+          }
+        }
+      }
+      if (first + count == s.N) {
+        for (int64_t k = 0; k < kps; k++) scheme.blocks_to_weight(sum + k * blocks, group, kp + k, weight);
+      }
+    });
+  }
+}
+
+// Winograd where it is both faster and within twice the library's error: short sums and padded panels forbid it.
+bool use_winograd(const Convolution& c) {
+  if (c.scheme != scheme_automatic) return c.scheme == scheme_winograd;
+  if (c.H < tile_height || c.W < tile_width) return false;
+  if (c.direction == Direction::to_weight && c.N * c.H * c.W < 256) return false;
+  return c.C >= 16 && c.K >= (c.direction == Direction::to_large ? 128 : 16);
+}
+
+Sizes sizes_of(const Convolution& c) { return {c.N, c.C, c.LH, c.LW, c.K, c.H, c.W}; }
+
+template <class T>
+void run(const Convolution& c) {
+  Sizes s = sizes_of(c);
+  auto weight = static_cast<const T*>(c.weight);
+  bool winograd = use_winograd(c);
+  switch (c.direction) {
+    case Direction::to_small:
+      return winograd ? to_small<T, Winograd<T>>(s, c.large, weight, c.result) : to_small<T, Direct<T>>(s, c.large, weight, c.result);
+    case Direction::to_large:
+      return winograd ? to_large<T, Winograd<T>>(s, c.small, weight, c.result) : to_large<T, Direct<T>>(s, c.small, weight, c.result);
+    case Direction::to_weight: {
+      T* gradient = static_cast<T*>(c.result.out);
+      return winograd ? to_weight<T, Winograd<T>>(s, c.large, c.small, gradient) : to_weight<T, Direct<T>>(s, c.large, c.small, gradient);
+    }
+  }
+}
+
+}  // namespace
+
+void run_convolution(const Convolution& c, bool is_double) { is_double ? run<double>(c) : run<float>(c); }
+
+}  // namespace fastgan::cpu::FASTGAN_ISA
+#endif

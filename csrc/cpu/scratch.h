@@ -1,0 +1,37 @@
+// Working memory that each thread keeps: fresh memory from the system costs a page fault per 4 KB, a tenth of a step.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+enum class Scratch { weight, large, small, image, sums, partial, count };
+
+// At least n elements on a 64-byte boundary, of any content; the same memory at each call for the same use.
+template <class T>
+T* scratch(Scratch use, int64_t n) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  struct Buffer {
+    std::unique_ptr<void, Free> memory;
+    size_t bytes = 0;
+  };
+  thread_local Buffer buffers[static_cast<int>(Scratch::count)];
+  Buffer& b = buffers[static_cast<int>(use)];
+  size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+  if (bytes > b.bytes) {
+    b.bytes = 0;
+    b.memory.reset();
+    b.memory.reset(std::aligned_alloc(64, bytes));
+    if (!b.memory) throw std::bad_alloc();
+    b.bytes = bytes;
+  }
+  return static_cast<T*>(b.memory.get());
+}
+
+}  // namespace
+}  // namespace fastgan::cpu::FASTGAN_ISA

@@ -1,0 +1,249 @@
+"""ConvStack against the same modules in a plain nn.Sequential, values, gradients, gradients of gradients and state."""
+
+import copy
+import gc
+from itertools import pairwise
+
+import pytest
+import torch
+from tolerance import assert_as_right_as_torch
+from torch import Tensor, nn
+
+from fastgan import library
+from fastgan.backends import counts, reset_counts, use_backend
+from fastgan.explanation import explain
+from fastgan.nn import Discriminator, Generator
+from fastgan.nn.stack import Block, ConvStack, parts, why_unfused
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    library.load("cpu")
+    if torch.ops.fastgan_cpu.instruction_set() == "plain":
+        pytest.skip("this processor has no AVX2: stacks run module by module here")
+
+
+def modules(*widths: int, norm=nn.BatchNorm2d, slope: float = 0.2) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, width in pairwise(widths):
+        layers += [nn.Conv2d(before, width, 4, 2, 1, bias=False), norm(width), nn.LeakyReLU(slope, inplace=True)]
+    return layers
+
+
+def small_networks() -> dict[str, nn.Module]:
+    torch.manual_seed(1)
+    up = [
+        nn.ConvTranspose2d(6, 17, 4, 1, 0, bias=False), nn.BatchNorm2d(17), nn.ReLU(True),
+        nn.ConvTranspose2d(17, 5, 4, 2, 1, bias=False), nn.BatchNorm2d(5), nn.ReLU(True),
+        nn.ConvTranspose2d(5, 3, 4, 2, 1, bias=False), nn.Tanh(),
+    ]  # fmt: skip
+    mixed = [
+        nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.LeakyReLU(0.1),
+        nn.Conv2d(8, 4, 4, 2, 1, bias=True), nn.LeakyReLU(0.3),
+        nn.Conv2d(4, 4, 4, 2, 1, bias=False), nn.Dropout(0.0),
+        nn.ConvTranspose2d(4, 6, 4, 2, 1, output_padding=1), nn.BatchNorm2d(6),
+        nn.Conv2d(6, 2, 1),
+    ]  # fmt: skip
+    return {"down": nn.Sequential(*modules(3, 16, 33)), "up": nn.Sequential(*up), "mixed": nn.Sequential(*mixed)}
+
+
+def network_input(name: str, dtype=torch.float64) -> Tensor:
+    torch.manual_seed(2)
+    return torch.randn((3, 6, 1, 1) if name == "up" else (3, 3, 12, 16), dtype=dtype)
+
+
+def outcome(network: nn.Module, input: Tensor, backend: str, penalty: bool = False) -> list[Tensor]:
+    """Output, gradients of input and parameters, and buffers, after one forward and backward."""
+    network, input = copy.deepcopy(network), input.clone().requires_grad_()
+    with use_backend(backend):
+        output = network(input)
+        loss = (output * torch.arange(output.numel(), dtype=output.dtype).view_as(output).cos()).sum()
+        if penalty:
+            (gradient,) = torch.autograd.grad(loss, input, create_graph=True)
+            loss = gradient.square().sum() + loss
+        loss.backward()
+    return [output.detach(), input.grad, *(p.grad for p in network.parameters()), *network.buffers()]
+
+
+@pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["down", "up", "mixed"])
+def test_stack_is_the_sequence_in_fp64(name, training, penalty):
+    plain = small_networks()[name].double().train(training)
+    input = network_input(name)
+    reset_counts()
+    got = outcome(ConvStack(*plain), input, "cpu", penalty)
+    assert counts()["cpu", "convolve"] > 0
+    for one, two in zip(got, outcome(plain, input, "eager", penalty), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_dcgan_is_as_right_as_eager_in_fp32(network):
+    torch.manual_seed(3)
+    made = Generator(32, 3, 20, 16) if network == "generator" else Discriminator(32, 3, 32)
+    input = torch.randn((8, 20) if network == "generator" else (8, 3, 32, 32))
+    truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
+    own, got = outcome(made, input, "eager"), outcome(made, input, "cpu")
+    # A whole network multiplies the errors of its layers: twice the rule's factor, on the output and every gradient.
+    for index, triple in enumerate(zip(got, own, truth, strict=True)):
+        if triple[0].is_floating_point():
+            assert_as_right_as_torch(*triple, f"tensor {index}", factor=4.0)
+
+
+@pytest.mark.parametrize("name", ["down", "up"])
+def test_gradcheck_and_gradgradcheck_run_through_the_kernels(name):
+    torch.manual_seed(4)
+    layers = modules(2, 3, 2) if name == "down" else list(small_networks()["up"])[3:7]
+    stack = ConvStack(*layers).double()
+    input = torch.randn((2, 2, 8, 8) if name == "down" else (2, 17, 2, 2), dtype=torch.float64, requires_grad=True)
+    parameters = [p for p in stack.parameters()]
+
+    def run(input: Tensor, *_: Tensor) -> Tensor:
+        return stack(input)
+
+    reset_counts()
+    with use_backend("cpu"):
+        assert torch.autograd.gradcheck(run, (input, *parameters), fast_mode=True)
+        assert counts()["cpu", "weight_gradient"] > 0
+        assert torch.autograd.gradgradcheck(run, (input, *parameters), fast_mode=True)
+
+
+def test_penalty_in_fp32_is_as_right_as_eager():
+    torch.manual_seed(5)
+    discriminator, input = Discriminator(16, 3, 16), torch.randn(6, 3, 16, 16)
+    truth = outcome(copy.deepcopy(discriminator).double(), input.double(), "eager", penalty=True)
+    own, got = (outcome(discriminator, input, backend, penalty=True) for backend in ("eager", "cpu"))
+    for triple in zip(got[1:3], own[1:3], truth[1:3], strict=True):
+        assert_as_right_as_torch(*triple, "gradient of the penalty", factor=4.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 1e-2, "momentum": 0.3}],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_batch_norm_options(options, training):
+    torch.manual_seed(6)
+    plain = nn.Sequential(*modules(3, 16, norm=lambda width: nn.BatchNorm2d(width, **options))).double().train(training)
+    stack, input = ConvStack(*copy.deepcopy(plain)), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for _ in range(3):
+        with use_backend("cpu"):
+            got = stack(input)
+        torch.testing.assert_close(got, plain(input), rtol=1e-12, atol=1e-12)
+    for one, two in zip(stack.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_one_value_per_channel_raises_in_training():
+    stack = ConvStack(*modules(3, 8))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        stack(torch.randn(1, 3, 2, 2))
+    assert stack.eval()(torch.randn(1, 3, 2, 2)).shape == (1, 8, 1, 1)
+
+
+def test_frozen_parameters_cost_nothing():
+    discriminator = Discriminator(32, 1, 16).requires_grad_(False)
+    input = torch.randn(4, 1, 32, 32, requires_grad=True)
+    reset_counts()
+    with use_backend("cpu"):
+        discriminator(input).sum().backward()
+    assert input.grad is not None
+    assert counts()["cpu", "convolve"] > 0
+    assert ("cpu", "weight_gradient") not in counts()
+
+
+def test_images_without_gradient_cost_no_input_gradient():
+    discriminator, input = Discriminator(32, 3, 16), torch.randn(4, 3, 32, 32)
+    with use_backend("cpu"):
+        output = discriminator(input).sum()
+        reset_counts()
+        output.backward()
+    assert counts()["cpu", "convolve"] == 2  # the two hidden blocks; the first block's input needs none
+
+
+def test_state_dict_is_that_of_a_sequence():
+    plain = nn.Sequential(*modules(3, 8, 16))
+    assert ConvStack(*modules(3, 8, 16)).state_dict().keys() == plain.state_dict().keys()
+
+
+def test_changed_weight_is_noticed_before_backward():
+    stack, input = ConvStack(*modules(3, 16)), torch.randn(2, 3, 8, 8, requires_grad=True)
+    with use_backend("cpu"):
+        output = stack(input).sum()
+        with torch.no_grad():
+            stack[0].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.backward()
+
+
+@pytest.mark.parametrize("write", ["data", "no_grad", "load_state_dict"])
+def test_every_write_to_a_weight_counts_at_once(write):
+    """There is no cache of transformed weights that a write past autograd could leave stale."""
+    stack, input = ConvStack(*modules(32, 32)), torch.randn(2, 32, 8, 8)
+    with use_backend("cpu"), torch.no_grad():
+        stack(input)
+        if write == "data":
+            stack[0].weight.data.copy_(torch.randn(32, 32, 4, 4))
+        elif write == "no_grad":
+            stack[0].weight.normal_()
+        else:
+            stack.load_state_dict(ConvStack(*modules(32, 32)).state_dict())
+        got = stack(input)
+    torch.testing.assert_close(got, nn.Sequential(*stack)(input), rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_parametrisations_and_subclasses_run_as_they_are():
+    class OwnConv(nn.Conv2d):
+        pass
+
+    stack = ConvStack(*modules(3, 8, 8, 8, 8))
+    seen = []
+    stack[3].register_forward_hook(lambda *_: seen.append(True))
+    nn.utils.parametrizations.spectral_norm(stack[6])
+    stack[9] = OwnConv(8, 8, 4, 2, 1)
+    fused = [block for _, part in parts(stack) if isinstance(part, list) for block in part]
+    assert fused == [Block("0", 3, stack[0], stack[1], 0.2)]
+    with use_backend("cpu"):
+        stack(torch.randn(2, 3, 32, 32))
+    assert seen
+
+
+def test_where_the_kernels_do_not_apply():
+    image = torch.randn(2, 3, 8, 8)
+    assert why_unfused(image) is None
+    assert "float32" in why_unfused(image.bfloat16())
+    assert "plain CPU tensor" in why_unfused(image.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in why_unfused(image)
+        assert ConvStack(*modules(3, 8))(image).dtype == torch.bfloat16
+    with use_backend("eager"):
+        assert "eager" in why_unfused(image)
+    assert "float64" in why_unfused(image.double())
+
+
+def test_explain_names_each_block():
+    layers = explain(Discriminator(16, 3, 8), torch.randn(2, 3, 16, 16))
+    assert [(layer.name, layer.decision.backend) for layer in layers] == [(f"main.{i}", "cpu") for i in (0, 2, 5)]
+
+
+@pytest.mark.parametrize(("network", "share"), [("generator", 0.55), ("discriminator", 0.72)])
+def test_bytes_kept_for_backward(network, share):
+    def kept(backend: str) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        made = Generator(64, 3, 100, 64) if network == "generator" else Discriminator(64, 3, 64)
+        parameters = {p.untyped_storage().data_ptr() for p in (*made.parameters(), *made.buffers())}
+        input = torch.randn((4, 100) if network == "generator" else (4, 3, 64, 64))
+        gc.collect()
+        with use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = made(input)
+        assert output.requires_grad
+        return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+    assert kept("cpu") <= share * kept("eager")

@@ -1,0 +1,231 @@
+"""The CPU kernels of the 4x4 stride-2 convolution against the fp64 definition."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_as_right_as_torch
+from torch import Tensor
+
+from fastgan import library
+
+AUTOMATIC, WINOGRAD, DIRECT = 0, 1, 2
+SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd last row and column
+    (1, 1, 1, 1, 1, False),
+    (2, 3, 64, 8, 8, False),
+    (1, 17, 3, 5, 3, True),
+    (2, 1, 16, 3, 7, True),
+    (3, 16, 32, 8, 8, False),
+    (2, 64, 17, 5, 6, False),
+    (1, 100, 64, 4, 4, True),
+    (2, 64, 128, 6, 9, True),
+    (2, 128, 130, 2, 4, False),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    library.load("cpu")
+    if torch.ops.fastgan_cpu.instruction_set() == "plain":
+        pytest.skip("this processor has no AVX2: the stack leaves convolutions to the library here")
+    return torch.ops.fastgan_cpu
+
+
+def channels_last(*shape: int, offset: float = 0.0) -> Tensor:
+    return (torch.randn(shape) + offset).contiguous(memory_format=torch.channels_last)
+
+
+def sides(N, C, K, H, W, odd):
+    torch.manual_seed(N + C + K)
+    large, small = channels_last(N, C, 2 * H + odd, 2 * W + odd), channels_last(N, K, H, W)
+    return large, small, torch.randn(K, C, 4, 4) / (4 * C**0.5)
+
+
+def convolve(operand, weight, to_large, size, scheme=AUTOMATIC, statistics=False, output=(None, None, 1.0)):
+    value, second, constants, slope = (*operand, *(None, None, 1.0)[len(operand) - 1 :])
+    return torch.ops.fastgan_cpu.convolve(
+        value, second, constants, slope, weight, to_large, *size, statistics, *output, scheme
+    )
+
+
+def to_small(large: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(large, weight, None, 2, 1)
+
+
+def gradients(large: Tensor, small: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the large side (which is the transposed convolution of `small`) and of the weight."""
+    mask = [True, True, False]
+    return torch.ops.aten.convolution_backward(
+        small, large, weight, None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, mask
+    )[:2]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_directions_are_as_right_as_the_library(shape):
+    large, small, weight = sides(*shape)
+    truth = to_small(large.double(), weight.double())
+    got, _ = convolve([large], weight, False, small.shape[2:])
+    assert_as_right_as_torch(got, to_small(large, weight), truth, "to small")
+    truths, own = gradients(large.double(), small.double(), weight.double()), gradients(large, small, weight)
+    got, _ = convolve([small], weight, True, large.shape[2:])
+    assert_as_right_as_torch(got, own[0], truths[0], "to large")
+    # The sum over a handful of pixels is exact to the last bit in the library now and then: that is luck, not a rule.
+    got = torch.ops.fastgan_cpu.weight_gradient(large, None, None, 1.0, small, None, None, 1.0, AUTOMATIC)
+    assert_as_right_as_torch(got, own[1], truths[1], "weight gradient")
+
+
+@pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_schemes_compute_the_definition_in_fp64(shape, scheme):
+    large, small, weight = (t.double() for t in sides(*shape))
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(
+        convolve([large], weight, False, small.shape[2:], scheme)[0], to_small(large, weight), **close
+    )
+    dlarge, dweight = gradients(large, small, weight)
+    torch.testing.assert_close(convolve([small], weight, True, large.shape[2:], scheme)[0], dlarge, **close)
+    got = torch.ops.fastgan_cpu.weight_gradient(large, None, None, 1.0, small, None, None, 1.0, scheme)
+    torch.testing.assert_close(got, dweight, **close)
+
+
+def activation_constants(channels: int, dtype=torch.float64) -> Tensor:
+    """[mu, s, beta, 1/std] with mu and beta far from 0, so that a wrong order of padding and prologue shows."""
+    rows = (torch.randn(channels) + 3, torch.rand(channels) + 0.5, torch.randn(channels) + 5, torch.rand(channels) + 1)
+    return torch.stack(rows).to(dtype)
+
+
+def activate(y: Tensor, constants: Tensor, slope: float) -> Tensor:
+    mu, s, beta, _ = constants[:, :, None, None]
+    return F.leaky_relu(s * (y - mu) + beta, slope)
+
+
+@pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
+@pytest.mark.parametrize("shape", [(2, 17, 24, 5, 6, True), (2, 32, 16, 4, 4, False)], ids=str)
+def test_prologue_comes_before_the_zero_padding(shape, scheme):
+    large, small, weight = (t.double() for t in sides(*shape))
+    constants, slope = activation_constants(large.shape[1]), 0.2
+    truth = to_small(activate(large, constants, slope), weight)
+    got, _ = convolve([large, None, constants, slope], weight, False, small.shape[2:], scheme)
+    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+    padded_first = F.conv2d(activate(F.pad(large, [1] * 4), constants, slope), weight, None, 2, 0)
+    assert (padded_first - truth).abs().max() > 1, "the planted order of padding and prologue would not show here"
+
+
+@pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
+def test_gradient_operand_and_backward_finish(scheme):
+    large, small, weight = (t.double() for t in sides(2, 17, 24, 5, 6, True))
+    raw, by = channels_last(*small.shape).double(), activation_constants(small.shape[1])
+    a, b, c, mu = by[:, :, None, None]
+    dy = a * small + b * (raw - mu) + c
+    constants, slope = activation_constants(large.shape[1]), 0.2
+    mean, s, beta, _ = constants[:, :, None, None]
+    g = gradients(large, dy, weight)[0]
+    g = torch.where(s * (large - mean) + beta > 0, g, slope * g)
+    got, sums = convolve([small, raw, by, 1.0], weight, True, large.shape[2:], scheme, output=(large, constants, slope))
+    torch.testing.assert_close(got, g, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(sums, torch.stack([g.sum((0, 2, 3)), (g * (large - mean)).sum((0, 2, 3))]))
+    got = torch.ops.fastgan_cpu.weight_gradient(large, None, constants, slope, small, raw, by, 1.0, scheme)
+    truth = gradients(activate(large, constants, slope), dy, weight)[1]
+    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("to_large", [False, True])
+def test_statistics_are_those_of_the_stored_output(to_large, offset):
+    large, small, weight = sides(3, 32, 48, 20, 12, False)
+    weight = weight + offset / weight[0].numel()
+    operand, size = (small, large.shape[2:]) if to_large else (large, small.shape[2:])
+    y, sums = convolve([operand + 1], weight, to_large, size, statistics=True)
+    truth = y.double()
+    mean, var = truth.mean((0, 2, 3)), truth.var((0, 2, 3), unbiased=False)
+    torch.testing.assert_close(sums[0].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sums[1].double() / (y.numel() // y.shape[1]), var, rtol=2e-5, atol=0)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    large, small, weight = sides(5, 64, 130, 8, 8, False)
+    constants = activation_constants(64, torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            weights = torch.ops.fastgan_cpu.weight_gradient(
+                large, None, constants, 0.2, small, None, None, 1.0, AUTOMATIC
+            )
+            results.append((*convolve([large, None, constants, 0.2], weight, False, (8, 8), statistics=True), weights))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_empty_batch():
+    weight = torch.randn(8, 4, 4, 4)
+    y, sums = convolve([channels_last(0, 4, 6, 6)], weight, False, (3, 3), statistics=True)
+    assert y.shape == (0, 8, 3, 3)
+    assert not sums.any()
+    args = (channels_last(0, 4, 6, 6), None, None, 1.0, y, None, None, 1.0, AUTOMATIC)
+    assert not torch.ops.fastgan_cpu.weight_gradient(*args).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(value):
+    """Winograd mixes a tile's values: more elements than the definition's may become NaN, never fewer."""
+    large, small, weight = sides(1, 32, 32, 4, 4, False)
+    large[0, 3, 2, 5] = value
+    got, _ = convolve([large], weight, False, small.shape[2:])
+    expected = ~torch.isfinite(to_small(large, weight))
+    assert expected.any()
+    assert not torch.isfinite(got[expected]).any()
+
+
+@pytest.mark.parametrize("channels", [3, 8, 17, 24])
+@pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
+def test_nothing_of_an_earlier_call_is_read(channels, scheme):
+    """Working memory is kept between calls: what a call with NaN leaves in it must not reach the next."""
+    large, small, weight = sides(2, 32, 32, 4, 4, False)
+    nothing = (None, None, 1.0)
+
+    def run(large, small, weight):
+        to_large = convolve([small], weight, True, (8, 8), scheme)[0]
+        gradient = torch.ops.fastgan_cpu.weight_gradient(large, *nothing, small, *nothing, scheme)
+        return convolve([large], weight, False, (4, 4), scheme)[0], to_large, gradient
+
+    for result in run(large * torch.nan, small * torch.nan, weight * torch.nan):
+        assert result.isnan().all()
+    for result in run(*sides(2, channels, channels, 4, 4, False)):
+        assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e15])
+def test_scales(scale):
+    large, small, weight = sides(2, 64, 64, 4, 4, False)
+    got, _ = convolve([large * scale], weight, False, small.shape[2:])
+    own, truth = to_small(large * scale, weight), to_small(large.double() * scale, weight.double())
+    assert_as_right_as_torch(got, own, truth)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": (8, 5, 4, 4)}, r"input must have shape \[2, 5, 6, 6\], got \[2, 4, 6, 6\]"),
+        ({"weight": (8, 4, 3, 4)}, r"weight must have shape \[8, 4, 4, 4\], got \[8, 4, 3, 4\]"),
+        ({"size": (3, 4)}, "the large side must be twice the small one or one more, got 6 and 4"),
+    ],
+)
+def test_errors_say_what_was_expected(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        convolve(
+            [channels_last(2, 4, 6, 6)],
+            torch.randn(change.get("weight", (8, 4, 4, 4))),
+            False,
+            change.get("size", (3, 3)),
+        )
+
+
+def test_wrong_layout_and_dtype_are_named():
+    with pytest.raises(RuntimeError, match="input must be channels-last"):
+        convolve([torch.randn(2, 4, 6, 6)], torch.randn(8, 4, 4, 4), False, (3, 3))
+    with pytest.raises(RuntimeError, match="weight must have the dtype"):
+        convolve([channels_last(2, 4, 6, 6)], torch.randn(8, 4, 4, 4).double(), False, (3, 3))
