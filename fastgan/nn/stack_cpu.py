@@ -105,6 +105,12 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
+        # The forward ran without autocast, and so must this, whatever surrounds the call of backward().
+        with torch.autocast("cpu", enabled=False):
+            return _Blocks._backward(ctx, grad_output)
+
+    @staticmethod
+    def _backward(ctx, grad_output: Tensor):
         steps, saved = ctx.steps, ctx.saved_tensors
         input, parameters = saved[0], saved[1 : 1 + _PARAMETERS * len(steps)]
         if torch.is_grad_enabled():
