@@ -12,16 +12,16 @@ MARK = ".writing"
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, of the same suffix, that takes its place when the block ends without an error.
 
-    `durable` waits until the content and the new name are on the disk. An OSError without a file name gets `path`'s.
+    `durable` waits until the content and the new name are on the disk. An OSError names `path`, which the user knows, not the temporary file.
     """
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{MARK}{path.suffix}")
     try:
         yield temporary
         if durable:
-            _sync(temporary)
+            sync(temporary)
         os.replace(temporary, path)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         error.filename = str(path)
         raise
@@ -29,7 +29,8 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from fastgan.errors import DataError
+from fastgan.files import sync
 
 FORMAT = 1
 """Raised whenever the files below, or the pixels that a preparation gives, change."""
@@ -179,7 +180,7 @@ def _save(folder: Path, prepared: PreparedImages) -> None:
         json.dump(meta, text)
         text.flush()
         os.fsync(text.fileno())
-    _sync_folder(folder)
+    sync(folder)
 
 
 def _rename(temporary: Path, entry: Path) -> None:
@@ -191,15 +192,7 @@ def _rename(temporary: Path, entry: Path) -> None:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
         return  # another process was first with the same content
-    _sync_folder(entry.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(entry.parent)
 
 
 @contextmanager
