@@ -12,7 +12,8 @@ MARK = ".writing"
 def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, of the same suffix, that takes its place when the block ends without an error.
 
-    `durable` waits until the content and the new name are on the disk. An OSError names `path`, which the user knows, not the temporary file.
+    `durable` waits until the content and the new name are on the disk. An OSError names `path`, which the user knows,
+    not the temporary file.
     """
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{MARK}{path.suffix}")
     try:
