@@ -130,7 +130,8 @@ def kernel(backend: str, name: str) -> Kernel:
     if backend == "triton":
         if find_spec("triton") is None:
             raise BackendError("backend 'triton': Triton is not installed; `pip install triton` (Linux, NVIDIA GPU)")
-        found = getattr(import_module(f"fastgan.kernels.{stem}"), name, None)
+        module = f"fastgan.kernels.{stem}"
+        found = getattr(import_module(module), name, None) if find_spec(module) else None
     else:
         library = import_module("fastgan.library") if find_spec("fastgan.library") else None
         if library is None:
@@ -289,16 +290,7 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
             raise BackendError(f"{operation}: {reason}")
         return Decision(backend, "forced")
     if device == "cpu":
-        key = (operation, str(tensor.dtype).removeprefix("torch."), layout(tensor), tuple(tensor.shape[1:]))
-        smallest, candidate, ratio = _measured().get(key, (0, "eager", 1.0))
-        if candidate == "eager":
-            return Decision("eager", "no kernel is measured faster than eager for this shape on CPU")
-        if tensor.shape[0] < smallest:
-            return Decision("eager", f"'{candidate}' is measured faster only from batch {smallest} on")
-        reason = why_not(candidate, operation, device, tensor.dtype)
-        if reason is None:
-            return Decision(candidate, f"measured {ratio:.2f} times as fast as eager for this shape")
-        return Decision("eager", reason)
+        return decide_on_cpu(operation, tensor.dtype, layout(tensor), tuple(tensor.shape))
     reasons = []
     for candidate in _PREFERRED_ON_CUDA if device == "cuda" else ():
         reason = why_not(candidate, operation, device, tensor.dtype)
@@ -306,6 +298,20 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
             return Decision(candidate, "first choice on CUDA; each kernel is compared with the definition at first use")
         reasons.append(reason)
     return Decision("eager", "; ".join(reasons) or f"no other backend runs on {device} tensors")
+
+
+def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int, ...]) -> Decision:
+    """What the committed table says for an input of this dtype, layout and shape."""
+    key = (operation, str(dtype).removeprefix("torch."), how, shape[1:])
+    smallest, candidate, ratio = _measured().get(key, (0, "eager", 1.0))
+    if candidate == "eager":
+        return Decision("eager", "no kernel is measured faster than eager for this shape on CPU")
+    if shape[0] < smallest:
+        return Decision("eager", f"'{candidate}' is measured faster only from batch {smallest} on")
+    reason = why_not(candidate, operation, "cpu", dtype)
+    if reason is None:
+        return Decision(candidate, f"measured {ratio:.2f} times as fast as eager for this shape")
+    return Decision("eager", reason)
 
 
 # --- running a kernel, and trusting it ------------------------------------------------------------

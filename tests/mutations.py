@@ -39,7 +39,9 @@ TESTS = {
 }
 
 # Where something guard-like may stand. What follows the match up to the closing bracket or the semicolon is mutated.
-_CONDITION = re.compile(r"\b(?:if|while)(?: constexpr)? \(|\bfor \((?!auto)[^;()]*(?:\([^;()]*\)[^;()]*)*;|\bbool \w+ = ")
+_CONDITION = re.compile(
+    r"\b(?:if|while)(?: constexpr)? \(|\bfor \((?!auto)[^;()]*(?:\([^;()]*\)[^;()]*)*;|\bbool \w+ = "
+)
 _CLAMP = re.compile(r"(?<![\w:])min\(")
 _LOOSE = re.compile(r" (?:[<>]=?|[!=]=|\?) ")  # a comparison or a choice that none of those holds
 # Loops over so many elements that the compiler knows how many: nothing at run time can lead them astray.
@@ -152,8 +154,12 @@ def parts(text: str, start: int, end: int, separator: str) -> list[tuple[int, in
 
 def sites(name: str, text: str) -> list[tuple[int, int, str]]:
     """Every guard-like piece of a line: (start, end, what to put there)."""
-    found = [(m.start(), m.end(), ";") for m in re.finditer(r"__syncthreads\(\);|(?<!void )wait_copies<[^>]*>\(\);", text)]
-    found += [(m.start(), m.end(), "0xffffu") for m in re.finditer(r"(?<=_sync\()all_lanes|(?<=collective\()all_lanes", text)]
+    found = [
+        (m.start(), m.end(), ";") for m in re.finditer(r"__syncthreads\(\);|(?<!void )wait_copies<[^>]*>\(\);", text)
+    ]
+    found += [
+        (m.start(), m.end(), "0xffffu") for m in re.finditer(r"(?<=_sync\()all_lanes|(?<=collective\()all_lanes", text)
+    ]
     for match in _CLAMP.finditer(text):
         end = closing(text, match.end())
         first = parts(text, match.end(), end, ",")[0]
