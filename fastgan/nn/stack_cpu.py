@@ -232,7 +232,8 @@ def _weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Te
     if step.halves:
         large, small = (gradient, operand) if step.transposed else (operand, gradient)
         count("cpu", "weight_gradient")
-        return [torch.ops.fastgan_cpu.weight_gradient(*large, *small, _AUTOMATIC), None]
+        layout = _is_channels_last(weight)
+        return [torch.ops.fastgan_cpu.weight_gradient(*large, *small, layout, _AUTOMATIC), None]
     return _library_backward(step, _applied(operand), gradient, weight, (False, *needed))[1:]
 
 
@@ -259,7 +260,7 @@ def _own_convolution(
     y, constants, slope = (None, None, 1.0) if output is None else (output.value, output.constants, output.slope)
     value, second, by, operand_slope = operand
     return torch.ops.fastgan_cpu.convolve(
-        value, second, by, operand_slope, weight.contiguous(), to_large, size[0], size[1], statistics,
+        value, second, by, operand_slope, _dense(weight), to_large, size[0], size[1], statistics,
         y, constants, slope, _AUTOMATIC,
     )  # fmt: skip
 
@@ -301,6 +302,15 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
     bias_size = [dy.shape[1]] if mask[2] else None
     dx, dw, db = torch.ops.aten.convolution_backward(dy, input, weight, bias_size, *_arguments(step), mask)
     return [None if dx is None else _channels_last(dx), dw, db]
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """The weight as the kernels read it: channels-last or contiguous."""
+    return weight if _is_channels_last(weight) else weight.contiguous()
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
