@@ -110,7 +110,8 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
     if _halves(step):
         large, small = (gradient, operand) if step.transposed else (operand, gradient)
         count("cpu", "weight_gradient")
-        return [torch.ops.fastgan_cpu.weight_gradient(*large[:4], *small[:4], _AUTOMATIC), None]
+        layout = _is_channels_last(weight)
+        return [torch.ops.fastgan_cpu.weight_gradient(*large[:4], *small[:4], layout, _AUTOMATIC), None]
     return _library_backward(step, applied(operand), gradient, weight, (False, *needed))[1:]
 
 
@@ -138,7 +139,7 @@ def _own_convolution(
     y, constants, slope = (None, None, 1.0) if output is None else (output.value, output.constants, output.slope)
     value, second, by, operand_slope = operand[:4]
     return torch.ops.fastgan_cpu.convolve(
-        value, second, by, operand_slope, weight.contiguous(), to_large, size[0], size[1], statistics,
+        value, second, by, operand_slope, _dense(weight), to_large, size[0], size[1], statistics,
         y, constants, slope, _AUTOMATIC,
     )  # fmt: skip
 
@@ -176,3 +177,12 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
     bias_size = [dy.shape[1]] if mask[2] else None
     dx, dw, db = torch.ops.aten.convolution_backward(dy, input, weight, bias_size, *convolution_arguments(step), mask)
     return [None if dx is None else channels_last(dx), dw, db]
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """The weight as the kernels read it: channels-last or contiguous."""
+    return weight if _is_channels_last(weight) else weight.contiguous()
