@@ -51,6 +51,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ _DTYPES = {
 }
 _PREFERRED_ON_CUDA = ("triton",)
 _OPTIONAL = frozenset({"update_running_stats"})
-_IN_PLACE = frozenset({"update_running_stats", "adam_ema"})  # a comparison would run them twice: never compared
+_IN_PLACE = {"update_running_stats": 2}  # how many of its arguments, from the first on, a kernel changes
 
 Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
@@ -231,7 +232,7 @@ _recorder: Callable[[str, Tensor, Decision], None] | None = None
 def choose(operation: str, tensor: Tensor, backend: str | None = None) -> Decision:
     """The backend for `operation` (a stem) on `tensor`, remembered; `backend` forces one and raises BackendError if it
     cannot run."""
-    key = (operation, backend, tensor.device.type, tensor.dtype, tensor.shape, tensor.stride())
+    key = (operation, backend, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
     decision = _decisions.get(key)
     if decision is None:
         if len(_decisions) > 4096:
@@ -303,7 +304,7 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
 
 _counts: Counter[tuple[str, str]] = Counter()
 _verdicts: dict[tuple, str | None] = {}
-_VERIFIED_ON_FIRST_USE = {"cuda"}
+_is_compared: Callable[[Tensor], bool] = attrgetter("is_cuda")
 _VERIFY_ELEMENTS = 1 << 24
 
 
@@ -322,26 +323,33 @@ def count(backend: str, name: str) -> None:
     _counts[backend, name] += 1
 
 
-def run(backend: str, name: str, *args: Any, forced: bool = False) -> Any:
-    """Run the split operation `name` by `backend`, after comparing the kernel with the definition at its first use.
-
-    A kernel that missed gives way to eager, or where the backend was `forced` raises BackendError.
-    """
-    first = args[0] if isinstance(args[0], Tensor) else args[1]
-    if backend != "eager" and name not in _IN_PLACE and first.device.type in _VERIFIED_ON_FIRST_USE:
-        key = (backend, name, first.dtype, layout(first), first.device)
-        verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
-        if verdict is not None:
-            if forced:
-                raise BackendError(f"kernel {name} of backend '{backend}' is disabled here: {verdict}")
-            backend = "eager"
-    count(backend, name)
+def run(backend: str, name: str, *args: Any) -> Any:
+    """Run the split operation `name` by `backend`."""
+    _counts[backend, name] += 1
     return kernel(backend, name)(*args)
+
+
+_run_by = {backend: partial(run, backend) for backend in BACKENDS}
 
 
 def runner(operation: str, tensor: Tensor, backend: str | None) -> Callable[..., Any]:
     """`run` with the backend chosen for `operation` on `tensor`: call it with a split operation's name and args."""
-    return partial(run, choose(operation, tensor, backend).backend, forced=backend is not None)
+    chosen = choose(operation, tensor, backend).backend
+    if chosen == "eager" or not _is_compared(tensor):
+        return _run_by[chosen]
+    return partial(_run_compared, chosen, backend is not None, tensor)
+
+
+def _run_compared(backend: str, forced: bool, tensor: Tensor, name: str, *args: Any) -> Any:
+    """`run`, after comparing the kernel with the definition at its first use with the dtype and layout of `tensor`.
+
+    A kernel that missed gives way to eager, or where the backend was `forced` raises BackendError.
+    """
+    key = (backend, name, tensor.dtype, layout(tensor), tensor.device)
+    verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
+    if verdict is not None and forced:
+        raise BackendError(f"kernel {name} of backend '{backend}' is disabled here: {verdict}")
+    return run(backend if verdict is None else "eager", name, *args)
 
 
 def _verify(key: tuple, args: tuple) -> str | None:
@@ -353,10 +361,10 @@ def _verify(key: tuple, args: tuple) -> str | None:
     few = _settle[_stem_of[name]](name, _few(args))
     eager = kernel("eager", name)
     try:
-        got = kernel(backend, name)(*few)
+        got = _outcome(kernel(backend, name), name, few)
         # Four times the tests' factor: the sums of a few channels may be unlucky, and a wrong kernel is far off.
-        truth = eager(*[_to_fp64(a) for a in few])
-        reason = misses(got, eager(*few), truth, factor=8, floor=_noise[_stem_of[name]](name, few))
+        truth = _outcome(eager, name, tuple(_to_fp64(a) for a in few))
+        reason = misses(got, _outcome(eager, name, few), truth, factor=8, floor=_noise[_stem_of[name]](name, few))
     except Exception as error:  # whatever a kernel raises, training goes on by the definition
         reason = f"{type(error).__name__}: {error}"
     _verdicts[key] = reason
@@ -368,6 +376,16 @@ def _verify(key: tuple, args: tuple) -> str | None:
             stacklevel=2,
         )
     return reason
+
+
+def _outcome(function: Kernel, name: str, args: tuple) -> Any:
+    """What `function` returns, or where it works in place, what it makes of copies of the arguments that it changes."""
+    changed = _IN_PLACE.get(name, 0)
+    if not changed:
+        return function(*args)
+    copies = tuple(a.clone() for a in args[:changed])
+    function(*copies, *args[changed:])
+    return copies
 
 
 def _to_fp64(arg: Any) -> Any:
