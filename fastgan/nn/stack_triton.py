@@ -90,7 +90,8 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
 
 
 def _run(name: str, *args: Any) -> Any:
-    return backends.run("triton", name, *args, forced=backends.requested(None) is not None)
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    return backends.runner_of("triton", first, forced=backends.requested(None) is not None)(name, *args)
 
 
 def _convolution(
