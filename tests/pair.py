@@ -6,15 +6,17 @@ session: two imports of torch are dear.
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SECONDS = 240  # for one function: what waits longer waits for ever
+SECONDS = 60  # for one exchange: whoever waits longer waits for a process that has failed
 
 
 def _work(rank: int, folder: str, calls: Any, answers: Any) -> None:
@@ -23,13 +25,20 @@ def _work(rank: int, folder: str, calls: Any, answers: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=SECONDS),
+    )
     while (call := calls.get()) is not None:
         function, args = call
         try:
-            answers.put((True, function(*args)))
+            answer = pickle.dumps((True, function(*args)))  # here, where an error is seen: the queue's thread hides it
         except BaseException:
-            answers.put((False, traceback.format_exc()))
+            answer = pickle.dumps((False, traceback.format_exc()))
+        answers.put(answer)
     dist.destroy_process_group()
 
 
@@ -48,7 +57,7 @@ class Pair:
         """What `function(*args)` returns on rank 0 and on rank 1; an exception on either is an error here."""
         for calls, _ in self._queues:
             calls.put((function, args))
-        results = [answers.get(timeout=SECONDS) for _, answers in self._queues]
+        results = [pickle.loads(answers.get(timeout=4 * SECONDS)) for _, answers in self._queues]
         failed = "\n".join(f"rank {rank}: {text}" for rank, (fine, text) in enumerate(results) if not fine)
         assert not failed, failed
         return [value for _, value in results]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.nn.blocks import Block, parts, run_block
+from fastgan.nn.blocks import Block, is_plain, parts, run_block, run_norm
 
 
 class ConvStack(nn.Sequential):
@@ -18,6 +18,7 @@ class ConvStack(nn.Sequential):
     module, and a block whose modules have hooks, parametrisations or a type of their own, runs as it is; on other
     devices and dtypes, under autocast and in compiled code each block runs as `conv_bn_act` or `conv_transpose_bn_act`.
 
+    `nn.SyncBatchNorm` (`nn.SyncBatchNorm.convert_sync_batchnorm`) normalises over all processes, on CPUs too.
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
     `fastgan.use_backend("eager")` turns the kernels off.
     """
@@ -25,7 +26,12 @@ class ConvStack(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         run = _run_by_operations if why_unfused(input) is not None else _run_as_one_unit
         for _, part in parts(self):
-            input = part(input) if isinstance(part, nn.Module) else run(part, input)
+            if isinstance(part, list):
+                input = run(part, input)
+            elif isinstance(part, nn.SyncBatchNorm) and is_plain(part, nn.SyncBatchNorm):
+                input = run_norm(part, input)
+            else:
+                input = part(input)
         return input
 
 

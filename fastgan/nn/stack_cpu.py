@@ -16,6 +16,7 @@ from fastgan import library
 from fastgan.backends import count
 from fastgan.errors import BackendError
 from fastgan.nn.blocks import Block, batch_norm_arguments
+from fastgan.ops.bn_act_sync import combine, definition, total
 
 _PARAMETERS = 4  # of a block: weight, bias, BatchNorm's weight and bias
 
@@ -31,13 +32,16 @@ def why_not() -> str | None:
 
 
 class Norm(NamedTuple):
-    """How a block normalises: by the batch's statistics or by frozen ones, and which running ones it updates."""
+    """How a block normalises: by the batch's statistics, over the processes of `group` if any, or by frozen ones;
+    which running ones it updates; of how many values per channel the statistics are, once that is known."""
 
     by_batch: bool
     eps: float
     momentum: float
     running_mean: Any
     running_var: Any
+    group: Any
+    values: int = 0
 
 
 class Step(NamedTuple):
@@ -82,9 +86,9 @@ def _step(block: Block) -> Step:
     )  # fmt: skip
 
 
-def _norm(norm: nn.BatchNorm2d) -> Norm:
+def _norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> Norm:
     by = batch_norm_arguments(norm)
-    return Norm(by["training"], by["eps"], by["momentum"], by["running_mean"], by["running_var"])
+    return Norm(by["training"], by["eps"], by["momentum"], by["running_mean"], by["running_var"], by["process_group"])
 
 
 class _Blocks(torch.autograd.Function):
@@ -95,7 +99,8 @@ class _Blocks(torch.autograd.Function):
         for index, step in enumerate(steps):
             weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
             y, sums = _convolve(step, operand, weight, bias)
-            operand = Operand(y, None, _constants(step, y, sums, gamma, beta), step.slope)
+            steps[index], sums = _counted(step, y, sums)
+            operand = Operand(y, None, _constants(steps[index], y, sums, gamma, beta), step.slope)
             raw.append(y if operand.constants is not None or index + 1 < len(steps) else None)  # the last: only if used
             constants.append(operand.constants)
         ctx.steps = steps
@@ -160,21 +165,32 @@ def _convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) ->
     return y, torch.stack(torch.ops.fastgan_cpu.bn_stats(y))
 
 
+def _counted(step: Step, y: Tensor, sums: Tensor | None) -> tuple[Step, Tensor | None]:
+    """The step that knows how many values its statistics have, and these, over all processes that share them."""
+    if step.norm is None or sums is None:
+        return step, sums
+    values = y.numel() // y.shape[1]
+    if step.norm.group is not None:
+        mean, m2, count = combine(sums[0], sums[1], values, step.norm.group)
+        sums, values = torch.stack([mean, m2]), int(count)
+    return step._replace(norm=step.norm._replace(values=values)), sums
+
+
 def _constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
     """[mu, s, beta, 1/std] of the activation after y, or None where there is nothing to apply."""
     norm = step.norm
     if norm is None:
         return None if step.slope == 1.0 else _identity(y.shape[1], y.dtype)
-    values = y.numel() // y.shape[1]
     if not norm.by_batch:
+        values = y.numel() // y.shape[1]
         frozen = torch.stack([norm.running_mean, norm.running_var * values]).to(y.dtype)
         return torch.ops.fastgan_cpu.block_constants(frozen, values, gamma, beta, norm.eps, None, None, 0.0)
-    if values == 1:
+    if norm.values == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(y.shape)}")
     running = (norm.running_mean, norm.running_var)
     if norm.running_mean is not None:
         torch.autograd.graph.increment_version(running)
-    return torch.ops.fastgan_cpu.block_constants(sums, values, gamma, beta, norm.eps, *running, norm.momentum)
+    return torch.ops.fastgan_cpu.block_constants(sums, norm.values, gamma, beta, norm.eps, *running, norm.momentum)
 
 
 @cache
@@ -199,7 +215,7 @@ def _through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operan
     if step.norm is None:
         return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, None, step.slope)), None
     sums = torch.ops.fastgan_cpu.block_reduce(dz, y, constants, step.slope)
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, _values(step, y))
+    by, affine = _gradient_constants(step.norm, sums, constants)
     return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, by, step.slope)), affine
 
 
@@ -212,8 +228,7 @@ def _block_gradient(
     g, sums = _own_convolution(gradient, weight, not step.transposed, operand.value.shape[2:], output=operand)
     if before.norm is None:
         return Operand(g), None
-    values = _values(before, operand.value)
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, operand.constants, values)
+    by, affine = _gradient_constants(before.norm, sums, operand.constants)
     return Operand(g, operand.value, by), affine
 
 
@@ -235,9 +250,13 @@ def _weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Te
     return _library_backward(step, _applied(operand), gradient, weight, (False, *needed))[1:]
 
 
-def _values(step: Step, y: Tensor) -> int:
-    """Values per channel that the statistics depend on; 0 where they are frozen."""
-    return y.numel() // y.shape[1] if step.norm is not None and step.norm.by_batch else 0
+def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """[A, B, C, mu] from the sums over all processes, and this process's part of the affine gradient."""
+    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
+    if norm.group is not None:
+        shared = total(sums, norm.group)
+        by, _ = torch.ops.fastgan_cpu.block_gradient_constants(shared, constants, norm.values)
+    return by, affine
 
 
 # --- convolutions -------------------------------------------------------------------------------------------------
@@ -328,7 +347,10 @@ def _definition(steps: list[Step], z: Tensor, parameters) -> Tensor:
         if step.norm is not None:
             norm = step.norm
             mean, var = (None, None) if norm.by_batch else (norm.running_mean, norm.running_var)
-            z = F.batch_norm(z, mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps)
+            if norm.group is None:
+                z = F.batch_norm(z, mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps)
+            else:
+                z = definition(z, gamma, beta, norm.values, norm.eps, 1.0, norm.group)
         if step.slope != 1.0:
             z = F.leaky_relu(z, step.slope) if step.slope else F.relu(z)
     return z

@@ -73,11 +73,10 @@ class _Synchronised(torch.autograd.Function):
     def forward(ctx, input, weight, bias, eps, slope, group, backend):
         backend = backend if input.numel() else "eager"
         run = runner("bn_act", input, backend)
+        mean = m2 = input.new_zeros(input.shape[1], dtype=stat_dtype(input))
         if input.numel():
-            stats = run("bn_stats", input)
-        else:
-            stats = 2 * (input.new_zeros(input.shape[1], dtype=stat_dtype(input)),)
-        mean, m2, n = combine(*stats, input.numel() // input.shape[1], group)
+            mean, m2 = run("bn_stats", input)
+        mean, m2, n = combine(mean, m2, input.numel() // input.shape[1], group)
         invstd = torch.rsqrt(m2 / n + eps)
         ctx.save_for_backward(input, weight, bias, mean, invstd, n)
         ctx.constants = (eps, slope, group, backend)
@@ -125,7 +124,13 @@ class _Total(torch.autograd.Function):
 
 
 def definition(
-    y: Tensor, weight: Tensor | None, bias: Tensor | None, n: Tensor, eps: float, slope: float, group: dist.ProcessGroup
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: Tensor | int,
+    eps: float,
+    slope: float,
+    group: dist.ProcessGroup,
 ) -> Tensor:
     """The operation in differentiable PyTorch, `n` values per channel in all."""
     others = [d for d in range(y.dim()) if d != 1]
