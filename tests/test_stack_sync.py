@@ -1,4 +1,4 @@
-"""A ConvStack with synchronised BatchNorm in two processes, on images shared unequally, against one process with all."""
+"""A ConvStack with synchronised BatchNorm in two processes with unequal batches, against one process with all images."""
 
 import copy
 
