@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.nn.blocks import Block, parts, run_block
+from fastgan.nn.blocks import Block, is_plain, parts, run_block, run_norm
 from fastgan.nn.unit import run_blocks
 
 
@@ -23,6 +23,7 @@ class ConvStack(nn.Sequential):
     devices and dtypes, under autocast on CPU and in compiled code each block runs as `conv_bn_act` or
     `conv_transpose_bn_act`.
 
+    `nn.SyncBatchNorm` (`nn.SyncBatchNorm.convert_sync_batchnorm`) normalises over all processes, on CPUs too.
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
     `fastgan.use_backend("eager")` turns the kernels off.
     """
@@ -30,12 +31,12 @@ class ConvStack(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         fused = why_unfused(input) is None
         for _, part in parts(self):
-            if isinstance(part, nn.Module):
-                input = part(input)
-            elif fused:
-                input = _run_as_units(part, input)
+            if isinstance(part, list):
+                input = _run_as_units(part, input) if fused else _run_by_operations(part, input)
+            elif isinstance(part, nn.SyncBatchNorm) and is_plain(part, nn.SyncBatchNorm):
+                input = run_norm(part, input)
             else:
-                input = _run_by_operations(part, input)
+                input = part(input)
         return input
 
 

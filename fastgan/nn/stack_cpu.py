@@ -14,7 +14,8 @@ from fastgan import library
 from fastgan.backends import count
 from fastgan.errors import BackendError
 from fastgan.nn.blocks import Block
-from fastgan.nn.unit import Operand, Step, channels_last, convolution_arguments, running_statistics, values
+from fastgan.nn.unit import Norm, Operand, Step, channels_last, convolution_arguments, running_statistics
+from fastgan.ops.bn_act_sync import combine, total
 
 BACKEND = "cpu"
 
@@ -50,6 +51,11 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
     return y, torch.stack(torch.ops.fastgan_cpu.bn_stats(y))
 
 
+def shared(sums: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
+    mean, m2, total_count = combine(sums[0], sums[1], count, group)
+    return torch.stack([mean, m2]), int(total_count)
+
+
 def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
     norm = step.norm
     if norm is None:
@@ -59,7 +65,7 @@ def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, 
         frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(y.dtype)
         return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, 0.0)
     running = running_statistics(norm, y)
-    return torch.ops.fastgan_cpu.block_constants(sums, count, gamma, beta, norm.eps, *running, norm.momentum)
+    return torch.ops.fastgan_cpu.block_constants(sums, norm.values, gamma, beta, norm.eps, *running, norm.momentum)
 
 
 @cache
@@ -82,7 +88,7 @@ def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand
     if step.norm is None:
         return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, None, step.slope)), None
     sums = torch.ops.fastgan_cpu.block_reduce(dz, y, constants, step.slope)
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, values(step, y))
+    by, affine = _gradient_constants(step.norm, sums, constants)
     return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, by, step.slope)), affine
 
 
@@ -94,7 +100,7 @@ def block_gradient(
     g, sums = _own_convolution(gradient, weight, not step.transposed, operand.value.shape[2:], output=operand)
     if before.norm is None:
         return Operand(g), None
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, operand.constants, values(before, operand.value))
+    by, affine = _gradient_constants(before.norm, sums, operand.constants)
     return Operand(g, operand.value, by), affine
 
 
@@ -113,6 +119,15 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
         layout = _is_channels_last(weight)
         return [torch.ops.fastgan_cpu.weight_gradient(*large[:4], *small[:4], layout, _AUTOMATIC), None]
     return _library_backward(step, applied(operand), gradient, weight, (False, *needed))[1:]
+
+
+def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """[A, B, C, mu] from the sums over all processes, and this process's part of the affine gradient."""
+    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
+    if norm.group is not None:
+        everywhere = total(sums, norm.group)
+        by, _ = torch.ops.fastgan_cpu.block_gradient_constants(everywhere, constants, norm.values)
+    return by, affine
 
 
 def _halves(step: Step) -> bool:

@@ -12,6 +12,8 @@ The split operations (`bn_stats`, `bn_act`, `bn_act_reduce`, `bn_act_backward`) 
 derivative is taken through the definition. Ioffe and Szegedy, "Batch Normalization", 2015.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,9 @@ from torch import Tensor
 from fastgan.backends import count, requested, run, runner, takes_definition
 from fastgan.ops._library import gradient_of_gradient, operations, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def bn_act(
@@ -32,6 +37,7 @@ def bn_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.2,
+    process_group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """BatchNorm followed by LeakyReLU, `leaky_relu(batch_norm(input, ...), negative_slope)`.
@@ -46,6 +52,8 @@ def bn_act(
         momentum: weight of the batch in the running statistics, in [0, 1].
         eps: added to the variance.
         negative_slope: 0 is ReLU, 1 the identity.
+        process_group: in training, normalise by the statistics over all its processes, each of which calls this
+            with a batch of its own (`fastgan/ops/bn_act_sync.py`); None: by those of `input` alone.
         backend: None (the best that is proved), "eager", "cpu", "triton" or "cuda".
 
     Returns:
@@ -56,8 +64,14 @@ def bn_act(
         ValueError: a shape or dtype does not fit, or there is one value per channel in training.
         BackendError: the backend that was asked for cannot run.
     """
-    _check(input, running_mean, running_var, weight, bias, training)
+    _check(input, running_mean, running_var, weight, bias, training, alone=process_group is None)
     backend = requested(backend)
+    if training and process_group is not None:
+        from fastgan.ops.bn_act_sync import bn_act_sync
+
+        return bn_act_sync(
+            input, running_mean, running_var, weight, bias, momentum, eps, negative_slope, process_group, backend
+        )
     if input.numel() == 0 or takes_definition("bn_act", input, backend):
         count("eager", "bn_act")
         v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -100,20 +114,21 @@ def block_end(
     eps,
     negative_slope,
     batch_norm,
+    process_group,
     backend,
 ) -> Tensor:
     """What follows a block's convolution: `bn_act`, or `act` where the block has no BatchNorm."""
     if batch_norm:
         return bn_act(
             y, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
-            negative_slope=negative_slope, backend=backend,
+            negative_slope=negative_slope, process_group=process_group, backend=backend,
         )  # fmt: skip
     if any(t is not None for t in (running_mean, running_var, weight, bias)):
         raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
     return act(y, negative_slope, backend)
 
 
-def _check(input, running_mean, running_var, weight, bias, training) -> None:
+def _check(input, running_mean, running_var, weight, bias, training, alone) -> None:
     if input.dim() < 2 or not input.is_floating_point():
         raise ValueError(f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}")
     shape, dtype, device = (input.shape[1],), input.dtype, input.device
@@ -124,7 +139,7 @@ def _check(input, running_mean, running_var, weight, bias, training) -> None:
     if (running_mean is None) != (running_var is None):
         raise ValueError("bn_act: running_mean and running_var go together, got one of them")
     if training:
-        if input.numel() == shape[0]:
+        if input.numel() == shape[0] and alone:
             raise ValueError(
                 f"bn_act: expected more than 1 value per channel in training, got input {list(input.shape)}"
             )
@@ -146,7 +161,7 @@ def _check_parameters(input: Tensor, **parameters: Tensor | None) -> None:
             raise ValueError(f"bn_act: {name} must be {dtype} or, beside a half input, float32; got {value.dtype}")
 
 
-def _parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     channels, dtype = input.shape[1], stat_dtype(input)
     ones = input.new_ones(channels, dtype=dtype) if weight is None else _as_stat(weight, dtype)
     zeros = input.new_zeros(channels, dtype=dtype) if bias is None else _as_stat(bias, dtype)
@@ -175,7 +190,7 @@ def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     run = runner("bn_act", input, backend)
     mean, m2 = run("bn_stats", input)
     var = m2 / (input.numel() // input.shape[1])
-    z = run("bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    z = run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
     return z, mean, var
 
 
@@ -187,7 +202,7 @@ def _train_fake(input, weight, bias, eps, slope, backend):
 def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend):
     input = dense(input)
     run = runner("bn_act", input, backend)
-    return run("bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    return run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
 
 
 def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
@@ -200,7 +215,7 @@ def _grad(
     input = dense(input)
     dz = like(dz, input)
     run = runner("bn_act", input, backend)
-    args = (dz, input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    args = (dz, input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
     sums = run("bn_act_reduce", *args) if training or needs_affine else (None, None)
     if not needs_input:
         dy = input.new_empty(0)
@@ -288,7 +303,7 @@ class _Grad(torch.autograd.Function):
             if training:
                 by = stats(y)
                 by = (by[0], by[1] / (y.numel() // y.shape[1]))
-            ones, zeros = _parameters(y, None, None)
+            ones, zeros = parameters(y, None, None)
             gamma, beta = ones if weight is None else weight, zeros if bias is None else bias
             return apply(y, *_statistics(y, *by, eps), gamma, beta, slope)
 
