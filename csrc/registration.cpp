@@ -25,6 +25,10 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
   m.def("block_reduce(Tensor dz, Tensor y, Tensor constants, float slope) -> Tensor");
   m.def("block_backward(Tensor dz, Tensor y, Tensor? constants, Tensor? gradient_constants, float slope) -> Tensor");
   m.def("block_gradient_constants(Tensor sums, Tensor constants, int count) -> (Tensor, Tensor)");
+  m.def(
+      "adam_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] ema_params, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled, float ema_decay) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CompositeExplicitAutograd, m) {
@@ -44,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
   m.impl("bn_act", TORCH_BOX(&fastgan::cpu::bn_act));
   m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cpu::bn_act_reduce));
   m.impl("bn_act_backward", TORCH_BOX(&fastgan::cpu::bn_act_backward));
+  m.impl("adam_ema", TORCH_BOX(&fastgan::cpu::adam_ema));
 }
 #endif
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastgan import losses
 from fastgan.ema import Ema
 from fastgan.errors import FastganError
+from fastgan.optim import Adam
 
 
 @contextmanager
@@ -45,7 +46,7 @@ class GanStep:
         wgan_gp: lambda of WGAN-GP's penalty between real and fake, on every step.
         generator_interval: the generator learns on every so many steps (5 is usual for WGAN-GP).
         clip_grad: largest norm of all gradients of a network, or None.
-        ema: follows the generator after each of its updates.
+        ema: follows the generator after each of its updates, in the same pass where opt_g is `fastgan.optim.Adam`.
         autocast: run both networks under `torch.autocast` with this dtype. Penalties, and with R1 and R2 the whole
             discriminator update of that step, run without it: squares of gradients leave the range of 16 bits.
         scaler: for autocast with float16.
@@ -122,12 +123,16 @@ class GanStep:
         with self.precision(real.device), torch.set_grad_enabled(updates_generator):
             fake = self.generator(self.latents(len(real)))
         metrics = self._update_discriminator(real, fake.detach())
+        learnt = len(real) * self.generator_interval  # images, since the generator's last update
+        averages = self.ema is not None and isinstance(self.opt_g, Adam)
         if updates_generator:
+            if averages:
+                self.opt_g.follow(self.ema.averages(self.generator), self.ema.decay(learnt, self.images))
             metrics |= self._update_generator(real, fake)
         if self.scaler is not None:
             self.scaler.update()
         if updates_generator and self.ema is not None:
-            self.ema.update(self.generator, len(real) * self.generator_interval, self.images)
+            self.ema.update(self.generator, learnt, self.images, parameters=not averages)
         self.steps += 1
         self.images += len(real)
         return metrics

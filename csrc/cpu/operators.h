@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastgan::cpu {
 
@@ -58,5 +59,11 @@ torch::stable::Tensor block_backward(torch::stable::Tensor dz, torch::stable::Te
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> gan_bce(
     std::optional<torch::stable::Tensor> real, std::optional<torch::stable::Tensor> fake, double real_target,
     double fake_target);
+
+// The contract stands in fastgan/ops/adam_ema.py.
+void adam_ema(std::vector<torch::stable::Tensor> params, std::vector<torch::stable::Tensor> grads,
+              std::vector<torch::stable::Tensor> exp_avgs, std::vector<torch::stable::Tensor> exp_avg_sqs,
+              std::vector<torch::stable::Tensor> ema_params, torch::stable::Tensor step, double lr, double beta1, double beta2,
+              double eps, double weight_decay, bool decoupled, double ema_decay);
 
 }  // namespace fastgan::cpu
