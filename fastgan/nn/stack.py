@@ -20,12 +20,23 @@ class ConvStack(nn.Sequential):
 
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
     `fastgan.use_backend("eager")` turns the kernels off.
+
+    `recompute_first = True` (an attribute, False by default) saves memory for a little time where the stack runs as one
+    unit: the first convolution's output, in a discriminator the largest tensor kept, is computed again for the backward
+    pass instead of being kept for it.
     """
 
+    recompute_first = False
+
     def forward(self, input: Tensor) -> Tensor:
-        run = _run_by_operations if why_unfused(input) is not None else _run_as_one_unit
-        for _, part in parts(self):
-            input = part(input) if isinstance(part, nn.Module) else run(part, input)
+        unfused = why_unfused(input) is not None
+        for index, (_, part) in enumerate(parts(self)):
+            if isinstance(part, nn.Module):
+                input = part(input)
+            elif unfused:
+                input = _run_by_operations(part, input)
+            else:
+                input = _run_as_one_unit(part, input, self.recompute_first and index == 0)
         return input
 
 
@@ -35,14 +46,14 @@ def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
     return input
 
 
-def _run_as_one_unit(blocks: list[Block], input: Tensor) -> Tensor:
+def _run_as_one_unit(blocks: list[Block], input: Tensor, recompute_first: bool) -> Tensor:
     from fastgan.nn.stack_cpu import run_blocks
 
     for block in blocks:
         backends.enter_layer(block.name)
         operation = "conv_bn_act" if isinstance(block.conv, nn.Conv2d) else "conv_transpose_bn_act"
         backends.note(operation, input, backends.Decision("cpu", f"one unit from layer {blocks[0].name} on"))
-    return run_blocks(blocks, input)
+    return run_blocks(blocks, input, recompute_first)
 
 
 def why_unfused(input: Tensor) -> str | None:

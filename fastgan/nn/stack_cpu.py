@@ -41,7 +41,8 @@ class Norm(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A block without its parameters. `halves`: a 4x4 stride-2 padding-1 convolution, which the kernels know."""
+    """A block without its parameters. `halves`: a 4x4 stride-2 padding-1 convolution, which the kernels know;
+    `recomputed`: its y, the first one, is not kept but computed again for the backward pass."""
 
     transposed: bool
     halves: bool
@@ -52,6 +53,7 @@ class Step(NamedTuple):
     groups: int
     norm: Norm | None
     slope: float
+    recomputed: bool
 
 
 class Operand(NamedTuple):
@@ -63,22 +65,23 @@ class Operand(NamedTuple):
     slope: float = 1.0
 
 
-def run_blocks(blocks: list[Block], input: Tensor) -> Tensor:
-    """The blocks one after the other, as `nn.Sequential` would run them."""
+def run_blocks(blocks: list[Block], input: Tensor, recompute_first: bool = False) -> Tensor:
+    """The blocks one after the other, as `nn.Sequential` would run them; see `ConvStack.recompute_first`."""
     parameters: list[Tensor | None] = []
     for block in blocks:
         parameters += [block.conv.weight, block.conv.bias]
         parameters += [None, None] if block.norm is None else [block.norm.weight, block.norm.bias]
-    return _Blocks.apply([_step(block) for block in blocks], input, *parameters)
+    steps = [_step(block, recompute_first and block is blocks[0]) for block in blocks]
+    return _Blocks.apply(steps, input, *parameters)
 
 
-def _step(block: Block) -> Step:
+def _step(block: Block, recomputed: bool) -> Step:
     conv = block.conv
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.output_padding)
     halves = geometry == ((4, 4), (2, 2), (1, 1), (1, 1), (0, 0)) and conv.groups == 1 and conv.bias is None
     return Step(
         isinstance(conv, nn.ConvTranspose2d), halves, conv.stride, conv.padding, conv.output_padding, conv.dilation,
-        conv.groups, None if block.norm is None else _norm(block.norm), block.slope,
+        conv.groups, None if block.norm is None else _norm(block.norm), block.slope, recomputed,
     )  # fmt: skip
 
 
@@ -96,7 +99,8 @@ class _Blocks(torch.autograd.Function):
             weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
             y, sums = _convolve(step, operand, weight, bias)
             operand = Operand(y, None, _constants(step, y, sums, gamma, beta), step.slope)
-            raw.append(y if operand.constants is not None or index + 1 < len(steps) else None)  # the last: only if used
+            used = operand.constants is not None or index + 1 < len(steps)  # the last may not be
+            raw.append(y if used and not step.recomputed else None)
             constants.append(operand.constants)
         ctx.steps = steps
         ctx.save_for_backward(input, *parameters, *raw, *constants)
@@ -116,6 +120,8 @@ class _Blocks(torch.autograd.Function):
             return None, *_definition_gradient(steps, input, parameters, grad_output, ctx.needs_input_grad[1:])
         raw, constants = saved[-2 * len(steps) : -len(steps)], saved[-len(steps) :]
         inputs = [Operand(_channels_last(input))]
+        if steps[0].recomputed:
+            raw = (_convolve(steps[0], inputs[0], *parameters[:2])[0], *raw[1:])
         inputs += [Operand(y, None, k, s.slope) for y, k, s in zip(raw, constants, steps, strict=True)]
         return None, *_gradient(steps, inputs, parameters, grad_output, ctx.needs_input_grad[1:])
 
