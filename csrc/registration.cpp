@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
         "int height, int width, bool statistics, Tensor? output_y, Tensor? output_constants, float output_slope, "
         "int scheme) -> (Tensor, Tensor)");
   m.def("weight_gradient(Tensor large, Tensor? large_second, Tensor? large_constants, float large_slope, Tensor small, "
-        "Tensor? small_second, Tensor? small_constants, float small_slope, int scheme) -> Tensor");
+        "Tensor? small_second, Tensor? small_constants, float small_slope, bool channels_last, int scheme) -> Tensor");
   m.def("gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target) -> (Tensor, Tensor, Tensor)");
   m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
   m.def("bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) -> Tensor");
@@ -25,6 +25,10 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
   m.def("block_reduce(Tensor dz, Tensor y, Tensor constants, float slope) -> Tensor");
   m.def("block_backward(Tensor dz, Tensor y, Tensor? constants, Tensor? gradient_constants, float slope) -> Tensor");
   m.def("block_gradient_constants(Tensor sums, Tensor constants, int count) -> (Tensor, Tensor)");
+  m.def(
+      "adam_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] ema_params, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled, float ema_decay) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CompositeExplicitAutograd, m) {
@@ -44,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
   m.impl("bn_act", TORCH_BOX(&fastgan::cpu::bn_act));
   m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cpu::bn_act_reduce));
   m.impl("bn_act_backward", TORCH_BOX(&fastgan::cpu::bn_act_backward));
+  m.impl("adam_ema", TORCH_BOX(&fastgan::cpu::adam_ema));
 }
 #endif
 

@@ -44,13 +44,22 @@ class Ema:
             half_life = min(half_life, max(images_seen, batch_size) * self.ramp_up)
         return 0.5 ** (batch_size / half_life)
 
+    def averages(self, module: nn.Module) -> dict[torch.Tensor, torch.Tensor]:
+        """The average that belongs to each parameter of `module`."""
+        return dict(zip(module.parameters(), self.module.parameters(), strict=True))
+
     @torch.no_grad()
-    def update(self, module: nn.Module, batch_size: int, images_seen: int) -> None:
-        """Move the average towards `module` after it was trained on `batch_size` further images."""
+    def update(self, module: nn.Module, batch_size: int, images_seen: int, *, parameters: bool = True) -> None:
+        """Move the average towards `module` after it was trained on `batch_size` further images.
+
+        Without `parameters` only what is none: the optimiser's step averaged them (`fastgan.optim.Adam.follow`).
+        """
         share = 1.0 - self.decay(batch_size, images_seen)
-        averages = [*self.module.parameters(), *_running_statistics(self.module)]
-        currents = [*module.parameters(), *_running_statistics(module)]
-        torch._foreach_lerp_(averages, currents, share)
+        averages, currents = _running_statistics(self.module), _running_statistics(module)
+        if parameters:
+            averages, currents = [*self.module.parameters(), *averages], [*module.parameters(), *currents]
+        if averages:
+            torch._foreach_lerp_(averages, currents, share)
         done = {id(tensor) for tensor in averages}
         for average, current in zip(self.module.buffers(), module.buffers(), strict=True):
             if id(average) not in done:

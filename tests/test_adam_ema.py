@@ -1,4 +1,4 @@
-"""adam_ema: the definition is torch's fused optimiser followed by lerp; the CUDA kernel agrees, run on the host."""
+"""adam_ema: the definition is torch's fused optimiser followed by lerp; the kernels agree, CUDA's run on the host."""
 
 from itertools import product
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from simt import run_clean, simt, to_output
 
+from fastgan import backends
+from fastgan.errors import BackendError
 from fastgan.ops.adam_ema import adam_ema
 from fastgan.tolerance import misses
 
@@ -96,6 +98,82 @@ def test_cuda_kernel_against_the_definition(decoupled, step):
     assert all(map(torch.equal, changed(lists), changed(again)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("decoupled", "step", "ema_decay"), [(False, 1, 0.999), (True, 1000, 0.999), (False, 3, 0.2)])
+def test_cpu_kernel_against_the_definition(decoupled, step, ema_decay, dtype):
+    options = {**OPTIONS, "decoupled": decoupled, "ema_decay": ema_decay}
+    shapes = [*SHAPES, (3, 16385)]  # one element past a task of the kernel
+    lists, at = network(dtype, shapes=shapes), torch.tensor([float(step)])
+    own, truth = copies(lists), copies(lists, torch.float64)
+    adam_ema(*own, at, **options, backend="eager")
+    before = backends.counts().get(("cpu", "adam_ema"), 0)
+    adam_ema(*lists, at, **options, backend="cpu")
+    assert backends.counts()["cpu", "adam_ema"] == before + 1
+    if dtype == torch.float64:
+        by_hand(truth, step, **options)
+        for got, want in zip(changed(lists), changed(truth), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        return
+    adam_ema(*truth, at, **options, backend="eager")
+    for which in (0, 2, 3, 4):
+        reason = misses(*(torch.cat([t.flatten() for t in of[which]]) for of in (lists, own, truth)))
+        assert reason is None, (which, reason)
+
+
+def test_cpu_kernel_gives_the_same_bits_for_any_number_of_threads():
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            lists = network(shapes=[(70001,), (3,), (40000,)])
+            adam_ema(*lists, torch.ones(1), **OPTIONS, ema_decay=0.9, backend="cpu")
+            results.append(changed(lists))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_cpu_kernel_without_ema_and_in_any_dense_layout():
+    lists = [[t[0].view(2, 3, 4, 5).to(memory_format=torch.channels_last)] for t in network(shapes=[(120,)])]
+    own = copies(lists)
+    adam_ema(*own[:4], [], torch.ones(1), **OPTIONS, backend="eager")
+    before = lists[4][0].clone()
+    adam_ema(*lists[:4], [], torch.ones(1), **OPTIONS, ema_decay=0.5, backend="cpu")
+    for got, want in zip(lists[:4], own[:4], strict=True):
+        torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-7)
+    assert torch.equal(lists[4][0], before)
+
+
+def test_16_bits_are_the_definitions_or_an_error():
+    half = network(torch.bfloat16, shapes=[(5,)])
+    with pytest.raises(
+        BackendError, match=r"takes parameters of one dtype, torch.float32 or torch.float64, got torch.bfl"
+    ):
+        adam_ema(*half, torch.ones(1), **OPTIONS, backend="cpu")
+    own = copies(half)
+    adam_ema(*own, torch.ones(1), **OPTIONS, backend="eager")
+    adam_ema(*half, torch.ones(1), **OPTIONS)
+    assert all(map(torch.equal, changed(half), changed(own)))
+
+
+def test_parameters_with_gaps_are_refused():
+    """torch's fused optimiser would update what lies between the elements instead."""
+    gaps = [[torch.zeros(8)[::2]] for _ in range(5)]
+    for backend in (None, "eager", "cpu"):
+        with pytest.raises(ValueError, match=r"params\[0\] must fill its memory without gaps.*strides \(2,\)"):
+            adam_ema(*gaps, torch.ones(1), **OPTIONS, backend=backend)
+
+
+def test_cpu_takes_its_kernel_from_the_measured_size_on(monkeypatch):
+    monkeypatch.setattr(backends, "_measured", lambda: {("adam_ema", "float32", "contiguous", ()): (100, "cpu", 1.5)})
+    for elements, backend in ((99, "eager"), (100, "cpu")):
+        backends.reset_counts()
+        adam_ema(*network(shapes=[(9,), (elements - 9,)]), torch.ones(1), **OPTIONS)
+        assert set(backends.counts()) == {(backend, "adam_ema")}
+
+
 def test_cuda_kernel_takes_more_tensors_than_one_launch_holds():
     shapes = [(3 + i % 5,) for i in range(101)]
     lists, at = network(shapes=shapes), torch.ones(1)
@@ -107,9 +185,10 @@ def test_cuda_kernel_takes_more_tensors_than_one_launch_holds():
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_cuda_kernel_without_ema_and_at_odd_addresses():
-    lists = [[torch.empty(34)[1:].copy_(t[0])] for t in network(shapes=[(33,)])]
-    assert lists[0][0].data_ptr() % 16 == 4
+@pytest.mark.parametrize("odd", [0, 1])
+def test_cuda_kernel_without_ema_and_at_odd_addresses(odd):
+    lists = [[torch.empty(34)[odd:][:33].copy_(t[0])] for t in network(shapes=[(33,)])]
+    assert lists[0][0].data_ptr() % 16 == 4 * odd
     own = copies(lists)
     adam_ema(*own[:4], [], torch.ones(1), **OPTIONS, backend="eager")
     before = lists[4][0].clone()
@@ -125,6 +204,9 @@ def test_bad_lists_are_named():
         adam_ema(params, grads[1:], m, v, ema, step, lr=0.1)
     with pytest.raises(ValueError, match=r"exp_avgs\[0\] must be like params\[0\], \[1\] torch.float32.*\[2\]"):
         adam_ema(params, grads, [torch.zeros(2), *m[1:]], v, ema, step, lr=0.1)
+    turned = [torch.zeros(4, 3, 4, 64).permute(3, 1, 2, 0) if g.dim() == 4 else g for g in grads]
+    with pytest.raises(ValueError, match=r"grads\[2\] must have the strides of params\[2\], \(48, 16, 4, 1\)"):
+        adam_ema(params, turned, m, v, ema, step, lr=0.1)
 
 
 def test_no_parameters_is_no_work():

@@ -12,7 +12,7 @@ from fastgan import Ema, GanStep, losses
 from fastgan.backends import use_backend
 from fastgan.errors import FastganError
 from fastgan.nn import Discriminator, Generator
-from fastgan.optim import make_optimizer
+from fastgan.optim import Adam, make_optimizer
 from fastgan.step import frozen
 
 
@@ -244,6 +244,21 @@ def test_own_networks_need_only_say_their_latent_length():
 def test_bad_options(options, message):
     with pytest.raises(FastganError, match=message):
         make_step(*networks(), **options)
+
+
+def test_averaging_in_the_optimisers_step_changes_nothing():
+    """One pass over memory or two: the same average, of parameters and of running statistics."""
+    results = []
+    for optimiser in (Adam, torch.optim.Adam):
+        g, d = networks()
+        opt_g, opt_d = (optimiser(net.parameters(), lr=1e-2, betas=(0.5, 0.999)) for net in (g, d))
+        ema = Ema(g, 0.1)
+        step = GanStep(g, d, opt_g, opt_d, ema=ema, generator_interval=2)
+        torch.manual_seed(1)
+        for _ in range(4):
+            step(real_batch())
+        results.append([*ema.module.state_dict().values(), *g.state_dict().values()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 class TestEma:

@@ -5,13 +5,14 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace fastgan::cpu {
 
 // The instruction set whose kernels run here: "plain", "avx2", "avx512" or "avx512_bf16".
 std::string instruction_set();
 
-// A 4x4 stride-2 padding-1 convolution with weight [K, C, 4, 4] from its large side [N, C, 2H, 2W] to its small side
+// A 4x4 stride-2 padding-1 convolution with weight [K, C, 4, 4] (contiguous or channels-last) from its large side [N, C, 2H, 2W] to its small side
 // [N, K, H, W], or, to_large, its transpose; what is done to operand and result on the way stands in block.h. Returns
 // the result and its sums [2, channels] (or [0, channels]).
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> convolve(
@@ -20,12 +21,12 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> convolve(
     std::optional<torch::stable::Tensor> output_y, std::optional<torch::stable::Tensor> output_constants,
     double output_slope, int64_t scheme);
 
-// The gradient of that weight from both sides.
+// The gradient of that weight from both sides, channels-last if asked for.
 torch::stable::Tensor weight_gradient(torch::stable::Tensor large, std::optional<torch::stable::Tensor> large_second,
                                       std::optional<torch::stable::Tensor> large_constants, double large_slope,
                                       torch::stable::Tensor small, std::optional<torch::stable::Tensor> small_second,
                                       std::optional<torch::stable::Tensor> small_constants, double small_slope,
-                                      int64_t scheme);
+                                      bool channels_last, int64_t scheme);
 
 // bn_act's split operations; the contract stands in fastgan/backends.py.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> bn_stats(torch::stable::Tensor y);
@@ -58,5 +59,11 @@ torch::stable::Tensor block_backward(torch::stable::Tensor dz, torch::stable::Te
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> gan_bce(
     std::optional<torch::stable::Tensor> real, std::optional<torch::stable::Tensor> fake, double real_target,
     double fake_target);
+
+// The contract stands in fastgan/ops/adam_ema.py.
+void adam_ema(std::vector<torch::stable::Tensor> params, std::vector<torch::stable::Tensor> grads,
+              std::vector<torch::stable::Tensor> exp_avgs, std::vector<torch::stable::Tensor> exp_avg_sqs,
+              std::vector<torch::stable::Tensor> ema_params, torch::stable::Tensor step, double lr, double beta1, double beta2,
+              double eps, double weight_decay, bool decoupled, double ema_decay);
 
 }  // namespace fastgan::cpu

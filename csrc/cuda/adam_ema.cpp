@@ -2,6 +2,7 @@
 
 #include "cuda/checks.h"
 #include "cuda/operators.h"
+#include "dense.h"
 
 namespace fastgan::cuda {
 namespace {
@@ -14,6 +15,7 @@ float* check_tensor(const char* list, size_t i, const Tensor& t, const Tensor& p
   for (int64_t d = 0; same && d < t.dim(); d++) same = t.size(d) == param.size(d) && (t.size(d) == 1 || t.stride(d) == param.stride(d));
   STD_TORCH_CHECK(same, "adam_ema: ", name, " must have the shape and strides of params[", i, "], ", shape_of(param), ", got ",
                   shape_of(t));
+  STD_TORCH_CHECK(is_dense(t), "adam_ema: ", name, " must be dense: its elements fill memory without gaps");
   return static_cast<float*>(t.mutable_data_ptr());
 }
 

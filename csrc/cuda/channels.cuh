@@ -1,15 +1,19 @@
 // Passes over a tensor with per-channel constants or per-channel sums, in both layouts. An operation supplies what
 // happens to an element; here is who visits it.
 //
-//   channels-last: a thread owns V neighbouring channels and walks down the rows (n, h, w);
-//   contiguous:    a block owns a channel and walks along its positions, V at a time.
+//   channels-last: a thread owns V neighbouring columns and walks down the rows (n, h, w), as many of which are taken for
+//                  one as make their width a multiple of V;
+//   contiguous:    a block owns a channel and walks along the whole V elements of its planes, then along their edges.
 //
-// V elements are 16 bytes, or one where addresses or sizes do not allow that. Sums take two launches: every block writes
-// a partial result, then one small kernel combines them; the partition and the order depend on the shape alone, so
-// results are the same bits every time.
+// V elements are 16 bytes, whatever the sizes, or one where an address is no multiple of 16. Sums take two launches:
+// every block writes a partial result, then one small kernel combines them; the partition and the order depend on the
+// shape and on V alone, so results are the same bits every time.
 #pragma once
+#include <numeric>
+
 #include "cuda/bn_act.h"
 #include "cuda/device.cuh"
+#include "cuda/pipeline.cuh"
 #include "cuda/total.cuh"
 
 namespace fastgan::cuda {
@@ -17,7 +21,6 @@ namespace fastgan::cuda {
 constexpr int block_threads = 256;
 constexpr int least_blocks = 2;      // on a multiprocessor: leaves the compiler 128 registers, or it spills
 constexpr int warps_per_block = block_threads / warp;
-constexpr int in_flight = 4;        // loads under way in a thread
 constexpr int most_lanes = 16;      // threads side by side along the channels, channels-last
 constexpr int most_partials = 256;  // blocks that share a channel
 
@@ -51,122 +54,150 @@ __device__ __forceinline__ void write(T* p, const float (&in)[V]) {
 
 // --- where a block works --------------------------------------------------------------------------------------------
 
-struct Grid {
-  int lanes = 0;  // channels-last: threads side by side
-  unsigned x = 0, y = 0;
-  int partials() const { return static_cast<int>(y); }
+// Channels-last memory as rows of `width` elements, a multiple of V; `rest` elements follow the last whole one.
+struct Rows {
+  int64_t count;
+  int width, rest, channels;
+  int lanes;  // threads of a block side by side along a row
 };
 
-inline Grid make_grid(BnShape shape, int vector) {
-  Grid grid;
-  if (shape.channels_last) {
-    int64_t vectors = divide_up(shape.channels, vector);
-    grid.lanes = 1;
-    while (grid.lanes < most_lanes && grid.lanes < vectors) grid.lanes *= 2;
-    grid.x = divide_up(vectors, grid.lanes);
-    int64_t rows_per_block = int64_t{block_threads / grid.lanes} * in_flight;
-    grid.y = min(divide_up(shape.n * shape.hw, rows_per_block), most_partials);
-  } else {
-    grid.x = static_cast<unsigned>(shape.channels);
-    grid.y = min(divide_up(divide_up(shape.n * shape.hw, vector), block_threads * in_flight), most_partials);
-  }
-  return grid;
+// Contiguous memory as planes: of each, `vectors` times V elements lie whole between multiples of V wherever it starts.
+struct Planes {
+  unsigned count, size, vectors;
+  int channels;
+};
+
+inline Rows make_rows(BnShape shape, int vector) {
+  int channels = static_cast<int>(shape.channels), taken = vector / std::gcd(channels, vector), lanes = 1;
+  int64_t rows = shape.n * shape.hw;
+  while (lanes < most_lanes && lanes < divide_up(channels * taken, vector)) lanes *= 2;
+  return {rows / taken, channels * taken, static_cast<int>(rows % taken) * channels, channels, lanes};
 }
 
-// Visits `first`, `first + step`, ... below `end`: loads several before it uses the first, to keep them in flight.
-template <class Load, class Use>
-__device__ __forceinline__ void pipeline(int64_t first, int64_t end, int64_t step, Load&& load, Use&& use) {
-  int64_t i = first;
-  for (; i + (in_flight - 1) * step < end; i += in_flight * step) {
-    decltype(load(i)) loaded[in_flight];
-#pragma unroll
-    for (int k = 0; k < in_flight; k++) loaded[k] = load(i + k * step);
-#pragma unroll
-    for (int k = 0; k < in_flight; k++) use(i + k * step, loaded[k]);
-  }
-  for (; i < end; i += step) use(i, load(i));
+inline Planes make_planes(BnShape shape, int vector) {
+  auto size = static_cast<unsigned>(shape.hw), before = static_cast<unsigned>(vector - 1);
+  unsigned vectors = size % vector == 0 ? size / vector : size < before ? 0 : (size - before) / vector;
+  return {static_cast<unsigned>(shape.n), size, vectors, static_cast<int>(shape.channels)};
 }
 
-// A thread's share of V channels, channels-last: every so many rows.
+inline dim3 rows_grid(const Rows& rows, int vector) {
+  int64_t rows_per_block = int64_t{block_threads / rows.lanes} * in_flight;
+  return dim3(divide_up(rows.width, vector * rows.lanes), min(divide_up(rows.count + 1, rows_per_block), most_partials));
+}
+
+inline dim3 planes_grid(const Planes& planes, int vector) {
+  int64_t values = int64_t{planes.count} * planes.size;
+  return dim3(planes.channels, min(divide_up(values, int64_t{vector} * block_threads * in_flight), most_partials));
+}
+
+// How many partial results a channel has: channels-last, each of the rows taken for one has its own.
+inline int partials_of(BnShape shape, int vector) {
+  if (!shape.channels_last) return planes_grid(make_planes(shape, vector), vector).y;
+  Rows rows = make_rows(shape, vector);
+  return rows_grid(rows, vector).y * (rows.width / rows.channels);
+}
+
+// A thread's share of V columns: every so many rows, and of the rest what lies in its columns. use(offset, loaded, i):
+// the elements of columns column + i and following.
 template <int V, class Operation, class Use>
-__device__ __forceinline__ void for_rows(const Operation& operation, int64_t rows, int64_t channels, int channel, int lanes,
-                                         Use&& use) {
-  int depth = block_threads / lanes;
-  auto offset = [&](int64_t row) { return row * channels + channel; };
+__device__ __forceinline__ void for_rows(const Operation& operation, const Rows& rows, int column, Use&& use) {
+  int depth = block_threads / rows.lanes;
+  auto offset = [&](int64_t row) { return row * rows.width + column; };
   pipeline(
-      int64_t{blockIdx.y} * depth + threadIdx.x / lanes, rows, int64_t{gridDim.y} * depth,
+      int64_t{blockIdx.y} * depth + threadIdx.x / rows.lanes, rows.count, int64_t{gridDim.y} * depth,
       [&](int64_t row) { return operation.template load<V>(offset(row)); },
-      [&](int64_t row, const auto& loaded) { use(offset(row), loaded); });
+      [&](int64_t row, const auto& loaded) { use(offset(row), loaded, 0); });
+  if constexpr (V > 1) {
+    if (blockIdx.y != 0 || threadIdx.x >= rows.lanes) return;
+#pragma unroll
+    for (int i = 0; i < V; i++)
+      if (column + i < rows.rest) use(offset(rows.count) + i, operation.template load<1>(offset(rows.count) + i), i);
+  }
 }
 
-// A thread's share of a channel, contiguous: positions in its n planes of hw elements; n * hw fits in 31 bits.
+// A thread's share of a channel: whole vectors of its planes, then single elements before and after them; the values of a
+// channel, n * hw, fit in 31 bits.
 template <int V, class Operation, class Use>
-__device__ __forceinline__ void for_positions(const Operation& operation, unsigned n, unsigned hw, int64_t channels,
-                                              int channel, Use&& use) {
-  unsigned per_plane = hw / V;
-  auto offset = [&](int64_t position) {
-    unsigned plane = static_cast<unsigned>(position) / per_plane;
-    return (plane * channels + channel) * hw + (position - int64_t{plane} * per_plane) * V;
+__device__ __forceinline__ void for_positions(const Operation& operation, const Planes& planes, int channel, Use&& use) {
+  int64_t thread = int64_t{blockIdx.y} * block_threads + threadIdx.x, step = int64_t{gridDim.y} * block_threads;
+  auto begin = [&](unsigned plane) { return (int64_t{plane} * planes.channels + channel) * planes.size; };
+  auto before = [&](int64_t first) { return static_cast<unsigned>(-first) % V; };  // up to the next multiple of V
+  auto vector = [&](int64_t position) {
+    unsigned plane = static_cast<unsigned>(position) / planes.vectors;
+    int64_t first = begin(plane);
+    return first + before(first) + (position - int64_t{plane} * planes.vectors) * V;
   };
   pipeline(
-      int64_t{blockIdx.y} * block_threads + threadIdx.x, int64_t{n} * per_plane, int64_t{gridDim.y} * block_threads,
-      [&](int64_t position) { return operation.template load<V>(offset(position)); },
-      [&](int64_t position, const auto& loaded) { use(offset(position), loaded); });
+      thread, int64_t{planes.count} * planes.vectors, step,
+      [&](int64_t position) { return operation.template load<V>(vector(position)); },
+      [&](int64_t position, const auto& loaded) { use(vector(position), loaded); });
+  if constexpr (V > 1) {
+    unsigned edges = planes.size - planes.vectors * V;
+    auto edge = [&](int64_t position) {
+      unsigned plane = static_cast<unsigned>(position) / edges, i = static_cast<unsigned>(position) - plane * edges;
+      int64_t first = begin(plane);
+      return first + (i < before(first) ? i : i + planes.vectors * V);
+    };
+    pipeline(
+        thread, int64_t{planes.count} * edges, step,
+        [&](int64_t position) { return operation.template load<1>(edge(position)); },
+        [&](int64_t position, const auto& loaded) { use(edge(position), loaded); });
+  }
 }
 
 // --- elementwise ----------------------------------------------------------------------------------------------------
 
 // Operation: channel(c) gives the constants of a channel, load<V>(offset) the V elements of its inputs there, and
-// apply<V>(offset, loaded, constants) stores what becomes of them, where constants(i) is the channel of element i.
+// apply(offset, loaded, constants) stores what becomes of them, where constants(i) is the channel of element i.
 template <int V, class Operation>
-__global__ void __launch_bounds__(block_threads, least_blocks) map_channels_last(Operation operation, int64_t rows, int channels, int lanes) {
-  int channel = (blockIdx.x * lanes + threadIdx.x % lanes) * V;
-  if (channel >= channels) return;
+__global__ void __launch_bounds__(block_threads, least_blocks) map_channels_last(Operation operation, Rows rows) {
+  int column = (blockIdx.x * rows.lanes + threadIdx.x % rows.lanes) * V;
+  if (column >= rows.width) return;
   typename Operation::Channel constants[V];
 #pragma unroll
-  for (int i = 0; i < V; i++) constants[i] = operation.channel(channel + i);
-  for_rows<V>(operation, rows, channels, channel, lanes, [&](int64_t offset, const auto& loaded) {
-    operation.template apply<V>(offset, loaded, [&](int i) { return constants[i]; });
+  for (int i = 0; i < V; i++) constants[i] = operation.channel((column + i) % rows.channels);
+  for_rows<V>(operation, rows, column, [&](int64_t offset, const auto& loaded, int first) {
+    operation.apply(offset, loaded, [&](int i) { return constants[first + i]; });
   });
 }
 
 template <int V, class Operation>
-__global__ void __launch_bounds__(block_threads, least_blocks) map_contiguous(Operation operation, unsigned n, unsigned hw, int channels) {
+__global__ void __launch_bounds__(block_threads, least_blocks) map_contiguous(Operation operation, Planes planes) {
   typename Operation::Channel constants = operation.channel(blockIdx.x);
-  for_positions<V>(operation, n, hw, channels, blockIdx.x, [&](int64_t offset, const auto& loaded) {
-    operation.template apply<V>(offset, loaded, [&](int) { return constants; });
+  for_positions<V>(operation, planes, blockIdx.x, [&](int64_t offset, const auto& loaded) {
+    operation.apply(offset, loaded, [&](int) { return constants; });
   });
 }
 
 template <int V, class Operation>
 int launch_map(const Operation& operation, BnShape shape, void* stream) {
-  Grid grid = make_grid(shape, V);
-  if (shape.channels_last)
-    return FASTGAN_LAUNCH((map_channels_last<V, Operation>), dim3(grid.x, grid.y), block_threads, 0, stream, operation,
-                          shape.n * shape.hw, static_cast<int>(shape.channels), grid.lanes);
-  return FASTGAN_LAUNCH((map_contiguous<V, Operation>), dim3(grid.x, grid.y), block_threads, 0, stream, operation,
-                        static_cast<unsigned>(shape.n), static_cast<unsigned>(shape.hw), static_cast<int>(shape.channels));
+  if (shape.channels_last) {
+    Rows rows = make_rows(shape, V);
+    return FASTGAN_LAUNCH((map_channels_last<V, Operation>), rows_grid(rows, V), block_threads, 0, stream, operation, rows);
+  }
+  Planes planes = make_planes(shape, V);
+  return FASTGAN_LAUNCH((map_contiguous<V, Operation>), planes_grid(planes, V), block_threads, 0, stream, operation, planes);
 }
 
 // --- sums -----------------------------------------------------------------------------------------------------------
 
-// Operation: channel and load as above; add<V>(loaded, constants, sums) adds element i to sums(i), those of its channel in
+// Operation: channel and load as above; add(loaded, constants, sums) adds element i to sums(i), those of its channel in
 // this thread; finish(c, total) stores a channel's result.
 
 template <int V, class Operation>
 __global__ void __launch_bounds__(block_threads, least_blocks)
-    reduce_channels_last(Operation operation, int64_t rows, int channels, int lanes, Total* partials) {
+    reduce_channels_last(Operation operation, Rows rows, Total* partials) {
   __shared__ Total of_warp[warps_per_block][most_lanes * V];
-  int lane = threadIdx.x % lanes, channel = (blockIdx.x * lanes + lane) * V;
-  bool inside = channel < channels;
+  int lane = threadIdx.x % rows.lanes, column = (blockIdx.x * rows.lanes + lane) * V;
+  bool inside = column < rows.width;
   Sums running[V];
   if (inside) {
     typename Operation::Channel constants[V];
 #pragma unroll
-    for (int i = 0; i < V; i++) constants[i] = operation.channel(channel + i);
-    for_rows<V>(operation, rows, channels, channel, lanes, [&](int64_t, const auto& loaded) {
-      operation.template add<V>(
-          loaded, [&](int i) { return constants[i]; }, [&](int i) -> auto& { return running[i]; });
+    for (int i = 0; i < V; i++) constants[i] = operation.channel((column + i) % rows.channels);
+    for_rows<V>(operation, rows, column, [&](int64_t, const auto& loaded, int first) {
+      operation.add(
+          loaded, [&](int i) { return constants[first + i]; }, [&](int i) -> auto& { return running[first + i]; });
     });
   }
   // Combine the rows of a warp, then the warps.
@@ -174,28 +205,28 @@ __global__ void __launch_bounds__(block_threads, least_blocks)
   for (int i = 0; i < V; i++) {
     Total total;
     total.add(running[i]);
-    for (int bits = warp / 2; bits >= lanes; bits /= 2) total.add_lane(bits);
-    if (threadIdx.x % warp < lanes) of_warp[threadIdx.x / warp][lane * V + i] = total;
+    for (int bits = warp / 2; bits >= rows.lanes; bits /= 2) total.add_lane(bits);
+    if (threadIdx.x % warp < rows.lanes) of_warp[threadIdx.x / warp][lane * V + i] = total;
   }
   __syncthreads();
-  if (threadIdx.x < lanes && inside) {
+  if (threadIdx.x < rows.lanes && inside) {
 #pragma unroll
     for (int i = 0; i < V; i++) {
       Total total;
       for (int w = 0; w < warps_per_block; w++) total.add(of_warp[w][lane * V + i]);
-      partials[int64_t{blockIdx.y} * channels + channel + i] = total;
+      partials[int64_t{blockIdx.y} * rows.width + column + i] = total;
     }
   }
 }
 
 template <int V, class Operation>
 __global__ void __launch_bounds__(block_threads, least_blocks)
-    reduce_contiguous(Operation operation, unsigned n, unsigned hw, int channels, Total* partials) {
+    reduce_contiguous(Operation operation, Planes planes, Total* partials) {
   __shared__ Total of_warp[warps_per_block];
   typename Operation::Channel constants = operation.channel(blockIdx.x);
   Sums running;
-  for_positions<V>(operation, n, hw, channels, blockIdx.x, [&](int64_t, const auto& loaded) {
-    operation.template add<V>(
+  for_positions<V>(operation, planes, blockIdx.x, [&](int64_t, const auto& loaded) {
+    operation.add(
         loaded, [&](int) { return constants; }, [&](int) -> auto& { return running; });
   });
   Total of_lanes;
@@ -206,7 +237,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks)
   if (threadIdx.x == 0) {
     Total total;
     for (int w = 0; w < warps_per_block; w++) total.add(of_warp[w]);
-    partials[int64_t{blockIdx.y} * channels + blockIdx.x] = total;
+    partials[int64_t{blockIdx.y} * planes.channels + blockIdx.x] = total;
   }
 }
 
@@ -229,24 +260,23 @@ __global__ void __launch_bounds__(block_threads)
 
 template <int V, class Operation>
 int launch_reduce(const Operation& operation, BnShape shape, float* workspace, void* stream) {
-  Grid grid = make_grid(shape, V);
-  int channels = static_cast<int>(shape.channels);
+  Rows rows = make_rows(shape, V);
+  Planes planes = make_planes(shape, V);
   auto* partials = reinterpret_cast<Total*>(workspace);
   int error = shape.channels_last
-                  ? FASTGAN_LAUNCH((reduce_channels_last<V, Operation>), dim3(grid.x, grid.y), block_threads, 0, stream,
-                                   operation, shape.n * shape.hw, channels, grid.lanes, partials)
-                  : FASTGAN_LAUNCH((reduce_contiguous<V, Operation>), dim3(grid.x, grid.y), block_threads, 0, stream,
-                                   operation, static_cast<unsigned>(shape.n), static_cast<unsigned>(shape.hw), channels, partials);
+                  ? FASTGAN_LAUNCH((reduce_channels_last<V, Operation>), rows_grid(rows, V), block_threads, 0, stream, operation,
+                                   rows, partials)
+                  : FASTGAN_LAUNCH((reduce_contiguous<V, Operation>), planes_grid(planes, V), block_threads, 0, stream, operation,
+                                   planes, partials);
   if (error) return error;
-  return FASTGAN_LAUNCH((combine_partials<Operation>), divide_up(channels, warp), block_threads, 0, stream, operation,
-                        channels, partials, grid.partials());
+  return FASTGAN_LAUNCH((combine_partials<Operation>), divide_up(shape.channels, warp), block_threads, 0, stream, operation,
+                        static_cast<int>(shape.channels), partials, partials_of(shape, V));
 }
 
-// Whether V elements can be one 16-byte access in this shape, for tensors at these addresses.
-template <class T, class... Tensors>
-bool vectors_fit(BnShape shape, const Tensors*... tensors) {
-  int64_t inner = shape.channels_last ? shape.channels : shape.hw;
-  return inner % Vector<T>::size == 0 && ((reinterpret_cast<uintptr_t>(tensors) % 16 == 0) && ...);
+// Whether V elements can be one 16-byte access in tensors at these addresses.
+template <class... Tensors>
+bool vectors_fit(const Tensors*... tensors) {
+  return ((reinterpret_cast<uintptr_t>(tensors) % 16 == 0) && ...);
 }
 
 }  // namespace fastgan::cuda

@@ -1,5 +1,5 @@
 // What every kernel here starts from: CUDA, or the host SIMT runtime in its place; element types, 16-byte accesses,
-// warp and block sums, the launch.
+// the launch.
 #pragma once
 
 #include <cstdint>
@@ -80,13 +80,6 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
   uint4 raw;
   memcpy(&raw, &vector, sizeof raw);
   *reinterpret_cast<uint4*>(p) = raw;
-}
-
-// Sum over the warp, the same on every lane, in a fixed order.
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int bit = warp / 2; bit > 0; bit /= 2) v += __shfl_xor_sync(all_lanes, v, bit);
-  return v;
 }
 
 __host__ __device__ constexpr int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }

@@ -20,6 +20,7 @@ namespace {
 
 // A NumPy array in device memory while it lives: a read-only one is input, a writable one is copied back, and counts as
 // unwritten before unless it is updated in place. Its address modulo 16 is kept, so that slices test misaligned tensors.
+// A huge array is device memory itself.
 class Array {
  public:
   explicit Array(py::array array, bool in_place = false);
@@ -31,17 +32,27 @@ class Array {
   }
 
  private:
+  static constexpr py::ssize_t huge = py::ssize_t{1} << 30;
   py::array array_;
   void* memory_;
 };
 
 Array::Array(py::array array, bool in_place) : array_(std::move(array)) {
   bool initialised = in_place || !array_.writeable();
-  memory_ = simt::allocate(array_.nbytes(), reinterpret_cast<uintptr_t>(array_.data()) % 16, initialised);
-  std::memcpy(memory_, array_.data(), array_.nbytes());
+  if (array_.nbytes() >= huge) {
+    memory_ = const_cast<void*>(array_.data());
+    simt::adopt(memory_, array_.nbytes(), initialised);
+  } else {
+    memory_ = simt::allocate(array_.nbytes(), reinterpret_cast<uintptr_t>(array_.data()) % 16, initialised);
+    std::memcpy(memory_, array_.data(), array_.nbytes());
+  }
 }
 
 Array::~Array() {
+  if (memory_ == array_.data()) {
+    simt::disown(memory_);
+    return;
+  }
   if (array_.writeable()) std::memcpy(array_.mutable_data(), memory_, array_.nbytes());
   simt::release(memory_);
 }
@@ -168,6 +179,7 @@ PYBIND11_MODULE(libfastgan_simt, m) {
   simt_bindings::bind_kernels(m);
   m.doc() = "CUDA kernels on the host (csrc/simt/runtime.h).";
   m.def("set_seed", &simt::set_seed);
+  m.def("set_last_blocks_only", &simt::set_last_blocks_only);
   m.def("take_reports", [] {
     py::list all;
     for (const auto& r : simt::take_reports()) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <memory>
 
 #include "simt/runtime.h"
 
@@ -32,9 +33,23 @@ struct Cell {
   bool pending = false;  // a cp.async is on its way here
 };
 
+constexpr size_t page_cells = 2048;
+
+// Cells appear page by page where the memory is used, so that a few bytes of a huge tensor cost little.
 struct Region {
   size_t bytes;
-  std::vector<Cell> cells;
+  bool initialised;
+  std::vector<std::unique_ptr<Cell[]>> pages;
+
+  Region(size_t bytes, bool initialised) : bytes(bytes), initialised(initialised), pages(bytes / granule / page_cells + 1) {}
+  Cell& cell(size_t i) {
+    auto& page = pages[i / page_cells];
+    if (!page) {
+      page.reset(new Cell[page_cells]);
+      for (size_t c = 0; c < page_cells; c++) page[c].initialised = initialised;
+    }
+    return page[i % page_cells];
+  }
 };
 
 std::map<uintptr_t, Region> global;  // by first byte
@@ -111,9 +126,10 @@ bool note(Cell& cell, uint64_t scope, bool write, bool atomic, const char* space
   return false;
 }
 
-void note_all(Cell* cells, size_t first, size_t bytes, uint64_t scope, bool write, bool atomic, const char* space, const void* pc) {
+template <class CellAt>
+void note_all(CellAt&& cell_at, size_t first, size_t bytes, uint64_t scope, bool write, bool atomic, const char* space, const void* pc) {
   for (size_t i = first / granule; i <= (first + bytes - 1) / granule; i++)
-    if (note(cells[i], scope, write, atomic, space, pc)) return;
+    if (note(cell_at(i), scope, write, atomic, space, pc)) return;
 }
 
 int find_module(dl_phdr_info* info, size_t, void*) {
@@ -163,9 +179,13 @@ void access(const void* p, size_t bytes, bool write, bool atomic, const void* pc
            std::to_string(bytes) + "-byte " + (write ? "write" : "read") + (is_dynamic ? " past dynamic shared memory" : " outside every buffer"), pc);
     abandon_launch();
   }
-  if (is_static) note_all(static_cells.data(), address - static_first, bytes, block_number(), write, atomic, "shared", pc);
-  else if (is_dynamic) note_all(dynamic_cells.data(), address - dynamic_first, bytes, block_number(), write, atomic, "shared", pc);
-  else note_all(region->cells.data(), address - last_first, bytes, launch_number(), write, atomic, "global", pc);
+  if (is_static || is_dynamic) {
+    auto& cells = is_static ? static_cells : dynamic_cells;
+    auto cell_at = [&](size_t i) -> Cell& { return cells[i]; };
+    note_all(cell_at, address - (is_static ? static_first : dynamic_first), bytes, block_number(), write, atomic, "shared", pc);
+  } else {
+    note_all([&](size_t i) -> Cell& { return region->cell(i); }, address - last_first, bytes, launch_number(), write, atomic, "global", pc);
+  }
 }
 
 void check_aligned(const void* address, size_t bytes, const void* pc) {
@@ -251,19 +271,24 @@ void* allocate(size_t bytes, size_t misalignment, bool initialised) {
   size_t room = (bytes + misalignment + 2 * margin + 4095) / 4096 * 4096;
   auto* base = static_cast<unsigned char*>(std::aligned_alloc(4096, room));
   std::memset(base, 0xff, room);
-  Region region{bytes, std::vector<Cell>((bytes + granule - 1) / granule)};
-  for (Cell& cell : region.cells) cell.initialised = initialised;
   unsigned char* memory = base + margin + misalignment;
-  global[reinterpret_cast<uintptr_t>(memory)] = std::move(region);
-  last_region = nullptr;
+  adopt(memory, bytes, initialised);
   return memory;
 }
 
-void release(void* memory) {
-  auto address = reinterpret_cast<uintptr_t>(memory);
-  global.erase(address);
+void adopt(void* memory, size_t bytes, bool initialised) {
+  global.insert_or_assign(reinterpret_cast<uintptr_t>(memory), Region(bytes, initialised));
   last_region = nullptr;
-  std::free(reinterpret_cast<void*>((address - 4096) / 4096 * 4096));
+}
+
+void disown(void* memory) {
+  global.erase(reinterpret_cast<uintptr_t>(memory));
+  last_region = nullptr;
+}
+
+void release(void* memory) {
+  disown(memory);
+  std::free(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) - 4096) / 4096 * 4096));
 }
 
 }  // namespace simt

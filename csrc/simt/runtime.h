@@ -70,6 +70,12 @@ void set_seed(unsigned seed);  // 0: threads in order
 // Device memory with nothing accessible before or after it. Reading what was not `initialised` or written is reported.
 void* allocate(size_t bytes, size_t misalignment, bool initialised);
 void release(void* memory);
+// The caller's memory as device memory, without a copy: for tensors too large for one.
+void adopt(void* memory, size_t bytes, bool initialised);
+void disown(void* memory);
+
+// Only the last blocks along x run, all others count as not needed: for tensors whose last elements are of interest.
+void set_last_blocks_only(bool only);
 
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 

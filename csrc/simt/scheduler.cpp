@@ -55,7 +55,7 @@ void* body_argument;
 const char* name = "";
 uint64_t launches = 0, blocks = 0, first_block = 0;
 uint32_t random_state = 0;
-bool shuffled = false;
+bool shuffled = false, last_blocks_only = false;
 
 Fiber& current() { return block.fibers[self->linear]; }
 
@@ -246,7 +246,7 @@ void run(const char* kernel, dim3 grid, dim3 dims, size_t shared_bytes, void (*k
   first_block = blocks + 1;
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x && !abandoned; x++) {
+      for (unsigned x = last_blocks_only ? grid.x - 1 : 0; x < grid.x && !abandoned; x++) {
         blocks++;
         begin_block(shared_bytes);
         prepare_block(grid, dims, uint3{x, y, z});
@@ -258,6 +258,8 @@ void abandon_launch() {
   abandoned = true;
   to_host();
 }
+
+void set_last_blocks_only(bool only) { last_blocks_only = only; }
 
 void set_seed(unsigned seed) {
   shuffled = seed != 0;

@@ -14,7 +14,8 @@ from fastgan import library
 from fastgan.backends import count
 from fastgan.errors import BackendError
 from fastgan.nn.blocks import Block
-from fastgan.nn.unit import Operand, Step, channels_last, convolution_arguments, running_statistics, values
+from fastgan.nn.unit import Norm, Operand, Step, channels_last, convolution_arguments, running_statistics
+from fastgan.ops.bn_act_sync import combine, total
 
 BACKEND = "cpu"
 
@@ -50,6 +51,11 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
     return y, torch.stack(torch.ops.fastgan_cpu.bn_stats(y))
 
 
+def shared(sums: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
+    mean, m2, total_count = combine(sums[0], sums[1], count, group)
+    return torch.stack([mean, m2]), int(total_count)
+
+
 def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
     norm = step.norm
     if norm is None:
@@ -59,7 +65,7 @@ def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, 
         frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(y.dtype)
         return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, 0.0)
     running = running_statistics(norm, y)
-    return torch.ops.fastgan_cpu.block_constants(sums, count, gamma, beta, norm.eps, *running, norm.momentum)
+    return torch.ops.fastgan_cpu.block_constants(sums, norm.values, gamma, beta, norm.eps, *running, norm.momentum)
 
 
 @cache
@@ -82,7 +88,7 @@ def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand
     if step.norm is None:
         return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, None, step.slope)), None
     sums = torch.ops.fastgan_cpu.block_reduce(dz, y, constants, step.slope)
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, values(step, y))
+    by, affine = _gradient_constants(step.norm, sums, constants)
     return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, by, step.slope)), affine
 
 
@@ -94,7 +100,7 @@ def block_gradient(
     g, sums = _own_convolution(gradient, weight, not step.transposed, operand.value.shape[2:], output=operand)
     if before.norm is None:
         return Operand(g), None
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, operand.constants, values(before, operand.value))
+    by, affine = _gradient_constants(before.norm, sums, operand.constants)
     return Operand(g, operand.value, by), affine
 
 
@@ -110,8 +116,18 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
     if _halves(step):
         large, small = (gradient, operand) if step.transposed else (operand, gradient)
         count("cpu", "weight_gradient")
-        return [torch.ops.fastgan_cpu.weight_gradient(*large[:4], *small[:4], _AUTOMATIC), None]
+        layout = _is_channels_last(weight)
+        return [torch.ops.fastgan_cpu.weight_gradient(*large[:4], *small[:4], layout, _AUTOMATIC), None]
     return _library_backward(step, applied(operand), gradient, weight, (False, *needed))[1:]
+
+
+def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """[A, B, C, mu] from the sums over all processes, and this process's part of the affine gradient."""
+    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
+    if norm.group is not None:
+        everywhere = total(sums, norm.group)
+        by, _ = torch.ops.fastgan_cpu.block_gradient_constants(everywhere, constants, norm.values)
+    return by, affine
 
 
 def _halves(step: Step) -> bool:
@@ -138,7 +154,7 @@ def _own_convolution(
     y, constants, slope = (None, None, 1.0) if output is None else (output.value, output.constants, output.slope)
     value, second, by, operand_slope = operand[:4]
     return torch.ops.fastgan_cpu.convolve(
-        value, second, by, operand_slope, weight.contiguous(), to_large, size[0], size[1], statistics,
+        value, second, by, operand_slope, _dense(weight), to_large, size[0], size[1], statistics,
         y, constants, slope, _AUTOMATIC,
     )  # fmt: skip
 
@@ -176,3 +192,12 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
     bias_size = [dy.shape[1]] if mask[2] else None
     dx, dw, db = torch.ops.aten.convolution_backward(dy, input, weight, bias_size, *convolution_arguments(step), mask)
     return [None if dx is None else channels_last(dx), dw, db]
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """The weight as the kernels read it: channels-last or contiguous."""
+    return weight if _is_channels_last(weight) else weight.contiguous()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.backends import choose, count, define, kernel, requested
+from fastgan.backends import choose, count, decide_on_cpu, define, kernel, requested
 from fastgan.errors import BackendError
 from fastgan.ops._library import register
 from fastgan.tolerance import misses
@@ -37,7 +37,8 @@ def adam_ema(
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: one tensor of each per parameter, of one shape, dtype, device and
-            strides; the kernels take fp32, the definition also fp64, fp16 and bf16. grads is only read.
+            strides; without gaps in memory; the kernels take fp32 (the CPU's also fp64), the definition also fp16 and
+            bf16. grads is only read.
         ema_params: likewise, or empty for no EMA.
         step: fp32 `[1]` on the parameters' device: how many updates there were, this one included. The caller
             adds 1 before; as a tensor it may live in a CUDA graph.
@@ -49,7 +50,7 @@ def adam_ema(
     Not differentiable. Makes no copy of anything.
 
     Raises:
-        ValueError: the lists differ in length, or a tensor differs from its parameter.
+        ValueError: the lists differ in length, a tensor differs from its parameter, or a parameter has gaps in memory.
         BackendError: the backend that was asked for cannot run.
     """
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
@@ -60,6 +61,18 @@ def adam_ema(
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if tensor.shape != param.shape or tensor.dtype != param.dtype or tensor.device != param.device:
                 raise ValueError(f"adam_ema: {name}[{i}] must be like params[{i}], {_text(param)}, got {_text(tensor)}")
+            if tensor.stride() != param.stride() and _strides(tensor) != _strides(param):
+                raise ValueError(
+                    f"adam_ema: {name}[{i}] must have the strides of params[{i}], {param.stride()}, "
+                    f"got {tensor.stride()}"
+                )
+    for i, param in enumerate(params):
+        # torch's fused kernel walks memory, gaps included, and says nothing.
+        if not (param.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense.default(param)):
+            raise ValueError(
+                f"adam_ema: params[{i}] must fill its memory without gaps, got shape {list(param.shape)} with strides "
+                f"{param.stride()}; use a copy"
+            )
     if not params:
         return
     torch.ops.fastgan.adam_ema(
@@ -70,6 +83,11 @@ def adam_ema(
 
 def _text(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Those that matter."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def _definition(
@@ -89,9 +107,31 @@ def _definition(
 define("adam_ema", {"adam_ema": _definition})
 
 
+# What the kernels take; anything else is the definition's.
+_KERNEL_DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)}
+
+
+def _decide(params: Sequence[Tensor], backend: str | None) -> str:
+    first = params[0]
+    if backend is None and first.device.type == "cpu":
+        elements = sum(p.numel() for p in params)
+        name = decide_on_cpu("adam_ema", first.dtype, "contiguous", (elements,)).backend
+    else:
+        name = choose("adam_ema", first, backend).backend
+    if name == "eager":
+        return name
+    if any(p.dtype not in _KERNEL_DTYPES[name] or p.dtype != first.dtype for p in params):
+        if backend is None:
+            return "eager"
+        takes = " or ".join(str(dtype) for dtype in _KERNEL_DTYPES[name])
+        got = ", ".join(sorted({str(p.dtype) for p in params}))
+        raise BackendError(f"kernel adam_ema of backend '{name}' takes parameters of one dtype, {takes}, got {got}")
+    return name
+
+
 def _run(params, *rest) -> None:
     *args, backend = rest
-    name = choose("adam_ema", params[0], backend).backend
+    name = _decide(params, backend)
     if name != "eager" and params[0].is_cuda and (reason := _mistrust(name, params, *args)) is not None:
         if backend is not None:
             raise BackendError(f"kernel adam_ema of backend '{name}' is disabled here: {reason}")
