@@ -46,7 +46,7 @@ def test_convolution(benchmark, layer, direction, provider):
         ("input gradient", "cpu"): lambda: ops.convolve(
             small, *nothing, weight, True, 2 * H, 2 * H, False, *nothing, 0
         ),
-        ("weight gradient", "cpu"): lambda: ops.weight_gradient(large, *nothing, small, *nothing, 0),
+        ("weight gradient", "cpu"): lambda: ops.weight_gradient(large, *nothing, small, *nothing, False, 0),
     }[direction, provider]
     benchmark(run)
     benchmark.extra_info["GFLOP of the definition"] = 2 * 16 * C * K * N * H * H / 1e9

@@ -132,15 +132,15 @@ class GanStep:
             fake = self.generator(self.latents(len(real)))
         metrics = self._update_discriminator(real, fake.detach())
         learnt = len(real) * self._count * self.generator_interval  # images, since the generator's last update
-        averages = self.ema is not None and isinstance(self.opt_g, Adam)
+        in_one_pass = isinstance(self.opt_g, Adam)
         if updates_generator:
-            if averages:
+            if self.ema is not None and isinstance(self.opt_g, Adam):
                 self.opt_g.follow(self.ema.averages(self.generator), self.ema.decay(learnt, self.images))
             metrics |= self._update_generator(real, fake)
         if self.scaler is not None:
             self.scaler.update()
         if updates_generator and self.ema is not None:
-            self.ema.update(self.generator, learnt, self.images, parameters=not averages)
+            self.ema.update(self.generator, learnt, self.images, parameters=not in_one_pass)
         self.steps += 1
         self.images += len(real) * self._count
         return metrics
