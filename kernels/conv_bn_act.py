@@ -154,7 +154,8 @@ def convolve(
     tile = tile_of(value, precision, images * pixels, out_channels, positions * channels, phases)
     fold = channels < tile.depth
     tiles = triton.cdiv(images * pixels, tile.rows)
-    y = value.new_empty((images, out_channels, *size)).to(memory_format=torch.channels_last)
+    shape = (images, out_channels, *size)
+    y = torch.empty(shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last)
     parts = y.new_empty(
         (0 if epilogue == "store" else 3 if statistics else 2, phases * tiles, out_channels), dtype=sums
     )
