@@ -92,7 +92,7 @@ class Count(TorchDispatchMode):
         with ExitStack() as stack:
             for module in kernels:
                 stack.enter_context(patch.object(module, "launch", count.triton))
-            stack.enter_context(patch.object(backends, "run", count._watched(backends.run)))
+            stack.enter_context(patch.object(backends, "kernel", count._watched(backends.kernel)))
             stack.enter_context(count)
             yield count
 
@@ -163,19 +163,24 @@ class Count(TorchDispatchMode):
         operations, self._operations = self._operations, 0
         self._note(kernel.fn.__name__, read, written, operations)
 
-    def _watched(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """`backends.run`, noting how much its next launch multiplies if it is a convolution."""
+    def _watched(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """`backends.kernel`, whose convolutions tell beforehand how much their launch multiplies."""
 
-        def watched(backend: str, name: str, *args: Any, **kwargs: Any) -> Any:
-            images = [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
-            if name == "convolve":  # (value, second, constants, slope, weight, bias, geometry, to_large, size, ...)
-                value, weight, to_large, shape = args[0], args[4], args[7], torch.Size(args[8])
-                pixels = value.shape[2:].numel() if to_large else shape.numel()
+        def watched(backend: str, name: str) -> Callable[..., Any]:
+            function = kernel(backend, name)
+
+            def convolve(value, second, constants, slope, weight, bias, geometry, to_large, size, *rest):
+                pixels = value.shape[2:].numel() if to_large else torch.Size(size).numel()
                 self._operations = 2 * weight.numel() * value.shape[0] * pixels
-            elif name == "weight_gradient":  # (large, ..., small, ..., weight, geometry)
-                pixels = min(t.shape[2:].numel() for t in (args[0], args[4]))
-                self._operations = 2 * args[8].numel() * images[0].shape[0] * pixels
-            return run(backend, name, *args, **kwargs)
+                return function(value, second, constants, slope, weight, bias, geometry, to_large, size, *rest)
+
+            def weight_gradient(*args):  # (large, three of its constants, small, three of its constants, weight, ...)
+                large, small, weight = args[0], args[4], args[8]
+                pixels = min(side.shape[2:].numel() for side in (large, small))
+                self._operations = 2 * weight.numel() * large.shape[0] * pixels
+                return function(*args)
+
+            return {"convolve": convolve, "weight_gradient": weight_gradient}.get(name, function)
 
         return watched
 
