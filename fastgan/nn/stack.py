@@ -26,13 +26,20 @@ class ConvStack(nn.Sequential):
     `nn.SyncBatchNorm` (`nn.SyncBatchNorm.convert_sync_batchnorm`) normalises over all processes, on CPUs too.
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
     `fastgan.use_backend("eager")` turns the kernels off.
+
+    `recompute_first = True` (an attribute, False by default) saves memory for a little time where the stack runs as one
+    unit: the first convolution's output, in a discriminator the largest tensor kept, is computed again for the backward
+    pass instead of being kept for it.
     """
+
+    recompute_first = False
 
     def forward(self, input: Tensor) -> Tensor:
         fused = why_unfused(input) is None
-        for _, part in parts(self):
+        for index, (_, part) in enumerate(parts(self)):
             if isinstance(part, list):
-                input = _run_as_units(part, input) if fused else _run_by_operations(part, input)
+                recompute = self.recompute_first and index == 0
+                input = _run_as_units(part, input, recompute) if fused else _run_by_operations(part, input)
             elif isinstance(part, nn.SyncBatchNorm) and is_plain(part, nn.SyncBatchNorm):
                 input = run_norm(part, input)
             else:
@@ -46,13 +53,16 @@ def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
     return input
 
 
-def _run_as_units(blocks: list[Block], input: Tensor) -> Tensor:
+def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool) -> Tensor:
     """Every stretch of blocks that the kernels know as one unit, the blocks between by operations."""
     kernels = import_module(f"fastgan.nn.stack_{_backend_of(input)}")
     marked = [(block, kernels.why_not_block(block, input) is None) for block in blocks]
     for known, pairs in groupby(marked, lambda pair: pair[1]):
         stretch = [block for block, _ in pairs]
-        input = run_blocks(kernels, stretch, input) if known else _run_by_operations(stretch, input)
+        if known:
+            input = run_blocks(kernels, stretch, input, recompute_first and stretch[0] is blocks[0])
+        else:
+            input = _run_by_operations(stretch, input)
     return input
 
 

@@ -105,10 +105,11 @@ class _Run(NamedTuple):
     kernels: Any  # Kernels: a module
     steps: list[Step]
     dtype: torch.dtype  # of the convolutions: the input's, or autocast's
+    recompute_first: bool  # the first y is not kept but computed again for the backward pass
 
 
-def run_blocks(kernels: Any, blocks: list[Block], input: Tensor) -> Tensor:
-    """The blocks one after the other, as `nn.Sequential` would run them."""
+def run_blocks(kernels: Any, blocks: list[Block], input: Tensor, recompute_first: bool = False) -> Tensor:
+    """The blocks one after the other, as `nn.Sequential` would run them; see `ConvStack.recompute_first`."""
     parameters: list[Tensor | None] = []
     for block in blocks:
         parameters += [block.conv.weight, block.conv.bias]
@@ -116,7 +117,8 @@ def run_blocks(kernels: Any, blocks: list[Block], input: Tensor) -> Tensor:
     device = input.device.type
     lower = autocasts(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lower else input.dtype
-    return _Blocks.apply(_Run(kernels, [_step(block) for block in blocks], dtype), input, *parameters)
+    run = _Run(kernels, [_step(block) for block in blocks], dtype, recompute_first)
+    return _Blocks.apply(run, input, *parameters)
 
 
 def autocasts(device: str) -> bool:
@@ -167,7 +169,8 @@ class _Blocks(torch.autograd.Function):
             steps[index] = step
             _tell(run, step, y)
             operand = Operand(y, None, kernels.constants(step, y, sums, gamma, beta), step.slope)
-            raw.append(y if _is_activated(operand) or index + 1 < len(steps) else None)  # the last: only if it is used
+            used = _is_activated(operand) or index + 1 < len(steps)  # the last may not be
+            raw.append(y if used and not (run.recompute_first and index == 0) else None)
             constants.append(operand.constants)
         ctx.run = run
         ctx.save_for_backward(input, *parameters, *raw, *constants)
@@ -189,6 +192,8 @@ class _Blocks(torch.autograd.Function):
             return None, *_definition_gradient(run, input, parameters, grad_output, ctx.needs_input_grad[1:])
         raw, constants = saved[-2 * len(steps) : -len(steps)], saved[-len(steps) :]
         inputs = [Operand(channels_last(input.to(run.dtype)))]
+        if run.recompute_first:
+            raw = (run.kernels.convolve(steps[0], inputs[0], *parameters[:2])[0], *raw[1:])
         inputs += [Operand(y, None, k, s.slope) for y, k, s in zip(raw, constants, steps, strict=True)]
         grads = _gradient(run, inputs, parameters, grad_output, ctx.needs_input_grad[1:])
         wanted = (input, *parameters)
