@@ -124,9 +124,10 @@ class GanStep:
             fake = self.generator(self.latents(len(real)))
         metrics = self._update_discriminator(real, fake.detach())
         learnt = len(real) * self.generator_interval  # images, since the generator's last update
-        averages = self.ema is not None and isinstance(self.opt_g, Adam)
+        averages = False
         if updates_generator:
-            if averages:
+            if self.ema is not None and isinstance(self.opt_g, Adam):
+                averages = True
                 self.opt_g.follow(self.ema.averages(self.generator), self.ema.decay(learnt, self.images))
             metrics |= self._update_generator(real, fake)
         if self.scaler is not None:
