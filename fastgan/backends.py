@@ -75,13 +75,17 @@ _DTYPES = {
 }
 _PREFERRED_ON_CUDA = ("triton",)
 _OPTIONAL = frozenset({"update_running_stats"})
-_IN_PLACE = frozenset({"update_running_stats", "adam_ema"})  # a comparison would run them twice: never compared
+_IN_PLACE = frozenset(
+    {"update_running_stats", "adam_ema", "block_constants"}
+)  # a comparison would run them twice: never compared
 
 Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
 _stem_of: dict[str, str] = {}
 _settle: dict[str, Callable[[str, tuple], tuple]] = {}
 _noise: dict[str, Callable[[str, tuple], list[float]]] = {}
+_fewer: dict[str, Callable[[str, tuple], tuple]] = {}
+_comparable: dict[str, Callable[[str, Any], Any]] = {}
 
 
 class Decision(NamedTuple):
@@ -96,17 +100,22 @@ def define(
     kernels: dict[str, Kernel],
     settle: Callable[[str, tuple], tuple] | None = None,
     noise: Callable[[str, tuple], list[float]] | None = None,
+    few: Callable[[str, tuple], tuple] | None = None,
+    comparable: Callable[[str, Any], Any] | None = None,
 ) -> None:
     """Declare the split operations of a stem with their eager definitions (called once by
     `fastgan/ops/STEM.py`).
 
     `settle(name, args)` returns arguments on which two right kernels must agree (no activation at its kink);
-    `noise(name, args)` the errors of each output that are let pass at a kernel's first use.
+    `noise(name, args)` the errors of each output that are let pass at a kernel's first use; `few(name, args)`
+    arguments small enough for a comparison in fp64; `comparable(name, result)` what of a result is determined.
     """
     operations[stem] = kernels
     _stem_of.update(dict.fromkeys(kernels, stem))
     _settle[stem] = settle or (lambda _, args: args)
     _noise[stem] = noise or (lambda _, args: [])
+    _fewer[stem] = few or _few
+    _comparable[stem] = comparable or (lambda _, result: result)
 
 
 # --- what a backend can run -----------------------------------------------------------------------
@@ -356,13 +365,14 @@ def _verify(key: tuple, args: tuple) -> str | None:
     backend, name, dtype, how, device = key
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "not compared yet: a comparison needs the host, and a CUDA graph is being captured"
-    few = _settle[_stem_of[name]](name, _few(args))
-    eager = kernel("eager", name)
+    stem = _stem_of[name]
+    few = _settle[stem](name, _fewer[stem](name, args))
+    eager, same = kernel("eager", name), partial(_comparable[stem], name)
     try:
-        got = kernel(backend, name)(*few)
+        got = same(kernel(backend, name)(*few))
         # Four times the tests' factor: the sums of a few channels may be unlucky, and a wrong kernel is far off.
-        truth = eager(*[_to_fp64(a) for a in few])
-        reason = misses(got, eager(*few), truth, factor=8, floor=_noise[_stem_of[name]](name, few))
+        truth = same(eager(*[_to_fp64(a) for a in few]))
+        reason = misses(got, same(eager(*few)), truth, factor=8, floor=_noise[stem](name, few))
     except Exception as error:  # whatever a kernel raises, training goes on by the definition
         reason = f"{type(error).__name__}: {error}"
     _verdicts[key] = reason
@@ -380,7 +390,7 @@ def _to_fp64(arg: Any) -> Any:
     return arg.double() if isinstance(arg, Tensor) else arg
 
 
-def _few(args: tuple) -> tuple:
+def _few(_: str, args: tuple) -> tuple:
     """The same arguments with the batch cut so that a comparison in fp64 stays within a few milliseconds
     and MB."""
     largest = max((a for a in args if isinstance(a, Tensor)), key=lambda a: a.numel())

@@ -67,7 +67,7 @@ def explain(module_or_operation: torch.nn.Module | str, input: Tensor, backend: 
     module = deepcopy(module_or_operation)
     backends.enter_layer("")
     for name, child in module.named_modules():
-        if any(child.children()):  # a hook on a leaf would unfuse its block; Blocks names those itself
+        if any(child.children()):  # a hook on a leaf would unfuse its block; run_block names those itself
             child.register_forward_pre_hook(enter(name))
             child.register_forward_hook(leave)
     backends.record(note)

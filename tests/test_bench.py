@@ -1,37 +1,193 @@
-"""`python -m fastgan.bench`: its data and its comparison; no time is asserted."""
+"""`python -m fastgan.bench`: its statistics, data and comparison; no time is asserted."""
 
+import copy
 import json
+import statistics
 
+import numpy as np
 import pytest
 import torch
 
-from fastgan import bench
-from fastgan.errors import FastganError
+from fastgan.bench import __main__ as command
+from fastgan.bench import floor, memory, pairing, plot, results
+from fastgan.bench.cases import CASES, Case, layers
+from fastgan.bench.steps import providers
+from fastgan.nn import Discriminator
 
-CASE = bench.Case("tiny", 16, 1, 4, 2, 2, 2)
+CPU = torch.device("cpu")
+TINY = Case("tiny", 16, 1, 4, 2, 2, 2, "fp32", 1.0)
+RATES = {"fp32 GFLOP/s": 100.0, "bf16 GFLOP/s": 10.0, "copy GB/s": 10.0}
 
 
-def row(ratio: float, low: float, high: float) -> dict:
-    return {"case": "tiny", "ratio_stock": ratio, "ratio_stock_quartiles": [low, high]}
+@pytest.fixture
+def tiny_cases(monkeypatch):
+    monkeypatch.setattr(
+        results, "CASES", (TINY, TINY.__class__(**{**vars(TINY), "name": "tiny bf16", "precision": "bf16"}))
+    )
 
 
-def test_measured_data_is_complete(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "CASES", (CASE,))
-    file = tmp_path / "new.json"
-    assert bench.bench(bench.BenchConfig(quick=True, json=file)) == 0
-    data = json.loads(file.read_text())
+def row(speed: float, noise: float = 0.0, kept: int = 100) -> dict:
+    """Fastgan at `speed` times the stock step, each round off by up to `noise` of it."""
+    off = [0.0, 1.0, -1.0, 0.5, -0.5, 0.25, -0.25, 0.75, -0.75]
+    times = {
+        "stock": [1.0] * len(off),
+        "tuned": [0.9] * len(off),
+        "fastgan": [1 / (speed * (1 + noise * x)) for x in off],
+    }
+    return {"case": "tiny", "seconds": times, "kept_bytes": {"fastgan": {"generator": kept}}}
+
+
+def test_quick_run_writes_complete_data_and_a_picture_of_it(tiny_cases, tmp_path, capsys):
+    file, picture = tmp_path / "new.json", tmp_path / "new.png"
+    arguments = ["--quick", "--rounds", "6", "--json", str(file), "--plot", str(picture)]
+    assert command.main(arguments) == 0
+    data, said = results.read(file), capsys.readouterr().out
     assert data["environment"]["versions"]["torch"] == torch.__version__
-    (measured,) = data["rows"]
-    assert measured["images_per_second"] == pytest.approx(CASE.batch_size / measured["fastgan_seconds"])
-    assert "tiny" in capsys.readouterr().out
+    assert data["peaks"].keys() == RATES.keys()
+    assert [measured["case"] for measured in data["rows"]] == ["tiny", "tiny bf16"]
+    for measured in data["rows"]:
+        assert measured["seconds"].keys() == {"stock", "tuned", "fastgan"}
+        assert all(len(times) == 6 and min(times) > 0 for times in measured["seconds"].values())
+        assert measured["case"] in said
+    assert "times stock" in said
+    assert "floor" in said
+    assert plot.drawn_from(picture) == plot.digest(data["rows"])
+    # Compared with itself the same data shows no regression; beside data twice as fast it does, and the exit says so.
+    assert results.regressions(data["rows"], data["rows"]) == []
+    faster = copy.deepcopy(data)
+    for measured in faster["rows"]:
+        measured["seconds"]["stock"] = [1e6 * t for t in measured["seconds"]["stock"]]
+    results.save(faster, file)
+    assert command.main(["--quick", "--rounds", "6", "--case", "bf16", "--compare", str(file)]) == 1
+    assert "slower: tiny bf16" in capsys.readouterr().err
 
 
-def test_only_a_fall_beyond_the_noise_is_a_regression():
-    assert bench.regressions([row(2.0, 1.9, 2.1)], [row(1.8, 1.7, 1.85)])
-    assert not bench.regressions([row(2.0, 1.9, 2.1)], [row(1.9, 1.8, 2.0)])
-    assert not bench.regressions([row(2.0, 1.9, 2.1)], [row(2.5, 2.4, 2.6)])
+@pytest.mark.slow
+def test_full_run_has_every_competitor_and_its_memory(tiny_cases, tmp_path):
+    file = tmp_path / "new.json"
+    assert command.main(["--rounds", "6", "--case", "bf16", "--json", str(file)]) == 0
+    (measured,) = results.read(file)["rows"]
+    assert measured["seconds"].keys() == measured["peak_bytes"].keys() == providers(CPU).keys()
+    assert all(size is None or size > 0 for size in measured["peak_bytes"].values())
 
 
-def test_unknown_case_names_the_known_ones():
-    with pytest.raises(FastganError, match="DCGAN-64, batch 32"):
-        bench.bench(bench.BenchConfig(case="nothing"))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "nothing"], "DCGAN-64, batch 32, fp32"),
+        (["--rounds", "5"], "at least 6"),
+        (["--device", "gpu"], "cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "finds"),
+        (["--json", "missing/new.json"], "missing is not a folder"),
+        (["--plot", "missing/new.png"], "missing is not a folder"),
+        (["--compare", "missing.json"], "missing.json: No such file"),
+        (["--compare", "text.json"], "text.json: not JSON"),
+        (["--compare", "list.json"], "list.json: expected benchmark data of format 1, got None"),
+    ],
+)
+def test_bad_arguments_end_with_2_before_anything_is_measured(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.json").write_text("no data")
+    (tmp_path / "list.json").write_text(json.dumps([]))
+    monkeypatch.setattr(command, "peaks", lambda device: pytest.fail("it measured"))
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_options_end_with_2():
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--fast"])
+    assert stop.value.code == 2
+
+
+class TestComparison:
+    def test_beyond_noise_is_a_regression(self):
+        assert results.regressions([row(2.0, 0.05)], [row(1.7, 0.05)])
+
+    def test_within_noise_is_none(self):
+        assert not results.regressions([row(2.0, 0.05)], [row(1.95, 0.05)])
+        assert not results.regressions([row(2.0, 0.3)], [row(1.7, 0.3)])
+
+    def test_faster_is_none(self):
+        assert not results.regressions([row(2.0, 0.05)], [row(2.5, 0.05)])
+
+    def test_more_bytes_kept_are_one(self):
+        assert "101 bytes" in results.regressions([row(2.0)], [row(2.0, kept=101)])[0]
+
+    def test_a_slower_hour_of_the_machine_is_none(self):
+        slower = row(2.0, 0.05)
+        slower["seconds"] = {name: [3 * t for t in times] for name, times in slower["seconds"].items()}
+        assert not results.regressions([row(2.0, 0.05)], [slower])
+
+    def test_cases_without_a_counterpart_are_left_out(self):
+        assert not results.regressions([], [row(1.0)])
+
+
+class TestPairing:
+    @pytest.mark.parametrize("n", [6, 9, 20])
+    def test_interval_holds_the_median_as_often_as_it_says(self, n):
+        random = np.random.default_rng(0)
+        held = 0
+        for _ in range(2000):
+            interval = pairing.median_interval(list(random.lognormal(size=n)))
+            held += interval.low <= 1.0 <= interval.high
+        assert held / 2000 > 0.94
+
+    def test_interval_is_no_wider_than_needed(self):
+        assert pairing.median_interval(range(9)) == (4, 1, 7)  # [0, 8] would hold it with 99.6 %
+
+    def test_drift_of_the_machine_cancels(self):
+        drift = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+        assert pairing.ratio([3 * d for d in drift], drift) == (3, 3, 3)
+
+    def test_competitors_take_turns_and_each_begins(self):
+        order: list[str] = []
+        names = "abc"
+        competitors = {name: (lambda name=name: order.append(name)) for name in names}
+        times = pairing.interleave(competitors, 3, 1, CPU)
+        assert "".join(order) == "abcbcacab"
+        assert {name: len(t) for name, t in times.items()} == dict.fromkeys(names, 3)
+
+
+class TestFloor:
+    def test_layers_are_those_of_the_networks(self):
+        stock = next(case for case in CASES if case.name == "DCGAN-64, batch 32, fp32")
+        generator, discriminator = layers(stock)
+        assert [layer.name for layer in discriminator][1] == "D2 64-128 to 16x16"
+        assert generator[-1].gflop(32) == pytest.approx(2e-9 * 32 * 32 * 32 * 16 * 64 * 3)
+        for layer in (*generator, *discriminator):
+            output = layer.module()(torch.empty(1, layer.in_channels, layer.input_size, layer.input_size))
+            assert output.shape == (1, layer.out_channels, layer.output_size, layer.output_size)
+
+    def test_step_has_the_flops_that_torch_counts(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        step = providers(CPU)["tuned"].step(TINY, CPU)
+        step()
+        with FlopCounterMode(display=False) as counter:
+            step()
+        assert floor.gflop(TINY) == pytest.approx(1e-9 * counter.get_total_flops(), rel=1e-6)
+
+    def test_floor_is_less_than_the_definition_at_peak_and_grows_with_slower_machines(self):
+        case = CASES[5]
+        now, slower = floor.floor(case, RATES), floor.floor(case, {name: rate / 2 for name, rate in RATES.items()})
+        assert 0 < now["multiplications"] < floor.gflop(case) / RATES["fp32 GFLOP/s"]
+        assert slower["memory"] == pytest.approx(2 * now["memory"])
+
+
+def test_bytes_kept_are_those_of_the_saved_tensors():
+    discriminator, images = Discriminator(16, 1, 2), torch.rand(4, 1, 16, 16)
+    # The images, each convolution's output (LeakyReLU works in place on the first), z and two statistics of BatchNorm.
+    shapes = [(1, 16, 16), (2, 8, 8), (4, 4, 4), (4, 4, 4)]
+    expected = sum(4 * 4 * int(np.prod(shape)) for shape in shapes) + 2 * 4 * 4
+    assert memory.kept_bytes(discriminator, images, "eager") == expected
+
+
+def test_run_length_comes_from_the_images_per_second():
+    measured = {**row(2.0), "batch_size": 10, "kimg": 3.0}
+    assert results.images_per_second(measured) == 10 / statistics.median(measured["seconds"]["fastgan"])
+    assert results.run_seconds(measured) == pytest.approx(3000 / 20)
+    assert [command.duration(s) for s in (90, 600, 36000)] == ["90 s", "10 min", "10.0 h"]

@@ -1,4 +1,4 @@
-"""`Blocks` is a plain `nn.Sequential` that fuses; a training step runs on the operations and nothing else."""
+"""Blocks run one by one as in `nn.Sequential`; a training step runs on the operations and nothing else."""
 
 import sys
 from collections import Counter
@@ -12,7 +12,7 @@ from triton_device import DEVICE, MARKS
 
 import fastgan
 from fastgan import backends
-from fastgan.nn import Blocks, Discriminator, Generator
+from fastgan.nn import ConvStack, Discriminator, Generator
 
 pytestmark = MARKS
 BACKENDS = ["eager", "triton"]
@@ -31,7 +31,7 @@ def layers(**norm):
 @pytest.mark.parametrize("norm", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_to_nn_sequential(backend, norm):
-    blocks, plain = Blocks(*layers(**norm)).double().to(DEVICE), nn.Sequential(*layers(**norm)).double().to(DEVICE)
+    blocks, plain = ConvStack(*layers(**norm)).double().to(DEVICE), nn.Sequential(*layers(**norm)).double().to(DEVICE)
     assert list(blocks.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(blocks.state_dict())
     for mode in (True, True, False):
@@ -56,7 +56,7 @@ def fused(net, x):
 
 
 def test_a_block_with_hooks_runs_module_by_module():
-    net, x, seen = Blocks(*layers()), torch.randn(2, 3, 12, 12), []
+    net, x, seen = ConvStack(*layers()), torch.randn(2, 3, 12, 12), []
     assert fused(net, x) == 3
     handle = net[3].register_forward_hook(lambda *_: seen.append("norm"))
     assert fused(net, x) == 2
@@ -68,7 +68,7 @@ def test_a_block_with_hooks_runs_module_by_module():
 def test_parametrised_and_weight_normalised_layers_keep_their_weights():
     x = torch.randn(2, 3, 12, 12)
     for normalise in (nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm):
-        blocks, plain = Blocks(*layers()).eval(), nn.Sequential(*layers()).eval()
+        blocks, plain = ConvStack(*layers()).eval(), nn.Sequential(*layers()).eval()
         for net in (blocks, plain):
             torch.manual_seed(1)
             normalise(net[2])
@@ -83,12 +83,12 @@ def test_other_modules_are_not_touched():
         nn.ReLU(),
     ]
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(Blocks(*odd)(x), nn.Sequential(*odd)(x))
-    assert fused(Blocks(*odd), x) == 0
+    assert torch.equal(ConvStack(*odd)(x), nn.Sequential(*odd)(x))
+    assert fused(ConvStack(*odd), x) == 0
 
 
 def test_compile_whole():
-    net, x = Blocks(*layers()), torch.randn(2, 3, 12, 12)
+    net, x = ConvStack(*layers()), torch.randn(2, 3, 12, 12)
     expected = net(x)
     torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected)
 

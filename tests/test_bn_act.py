@@ -22,7 +22,7 @@ OPS = torch.ops.fastgan
 
 
 def by_module(norm, x, backend, slope=0.2):
-    """`norm` followed by LeakyReLU through bn_act, as `Blocks` calls it."""
+    """`norm` followed by LeakyReLU through bn_act, as a stack calls it."""
     named = batch_norm_arguments(norm)
     return bn_act(
         x, named["running_mean"], named["running_var"], named["bn_weight"], named["bn_bias"],

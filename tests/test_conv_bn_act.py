@@ -1,5 +1,7 @@
 """conv_bn_act and conv_transpose_bn_act: equal to the plain modules, at every order of gradient, in every mode."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,3 +125,10 @@ def test_batch_norm_tensors_without_batch_norm_are_an_error():
     x, weight, _, gamma, _ = tensors("conv_bn_act")
     with pytest.raises(ValueError, match="batch_norm=False takes no running statistics"):
         conv_bn_act(x, weight, None, None, gamma, training=True, batch_norm=False)
+
+
+def test_the_two_signatures_differ_only_where_the_convolutions_do():
+    """They are written out twice for `help()`; this holds them together."""
+    down, up = (dict(inspect.signature(operation).parameters) for operation in (conv_bn_act, conv_transpose_bn_act))
+    assert up.pop("output_padding").default == 0
+    assert list(down.items()) == list(up.items())

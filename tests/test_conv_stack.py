@@ -13,7 +13,8 @@ from fastgan import library
 from fastgan.backends import counts, reset_counts, use_backend
 from fastgan.explanation import explain
 from fastgan.nn import Discriminator, Generator
-from fastgan.nn.stack import Block, ConvStack, parts, why_unfused
+from fastgan.nn.blocks import Block, parts
+from fastgan.nn.stack import ConvStack, why_unfused
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,6 @@
-"""`Blocks`: an `nn.Sequential` that runs convolution, BatchNorm and LeakyReLU as one operation each."""
+"""Blocks in a `nn.Sequential`: finding them, and running one as one operation."""
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -10,75 +9,90 @@ from fastgan import backends
 from fastgan.ops import conv_bn_act, conv_transpose_bn_act
 
 
-class Blocks(nn.Sequential):
-    """A plain `nn.Sequential`, same modules and same `state_dict`, whose blocks run as fused operations.
+class Block(NamedTuple):
+    """`length` modules from `name` on: a convolution, the BatchNorm after it or None, and the slope of the LeakyReLU
+    after that (1: none)."""
 
-    A block is an `nn.Conv2d` or `nn.ConvTranspose2d` (zero padding), an optional `nn.BatchNorm2d`, and an
-    `nn.LeakyReLU` or `nn.ReLU`, one after the other. Anything else, and a block of which a module has hooks,
-    runs module by module. Parametrised weights (spectral normalisation) work as usual.
+    name: str
+    length: int
+    conv: nn.Conv2d | nn.ConvTranspose2d
+    norm: nn.BatchNorm2d | None
+    slope: float
+
+
+def parts(sequence: nn.Sequential) -> list[tuple[str, list[Block] | nn.Module]]:
+    """The sequence cut into runs of blocks that can be fused and modules that run as they are, by their first names.
+
+    A block is an `nn.Conv2d` or `nn.ConvTranspose2d` (zero padding), then perhaps an `nn.BatchNorm2d`, then perhaps an
+    `nn.LeakyReLU` or `nn.ReLU`. A module with hooks, parametrisations or a type of its own is in none.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        for name, modules in self._parts():
-            backends.enter_layer(name)
-            input = modules[0](input) if len(modules) == 1 else _run_block(modules, input)
-        return input
-
-    def _parts(self) -> Iterator[tuple[str, list[nn.Module]]]:
-        """The blocks, and the single modules between them, by the name of their first module."""
-        items = list(self._modules.items())
-        at = 0
-        while at < len(items):
-            name, module = items[at]
-            length = _block_length([m for _, m in items[at : at + 3]]) if _is_convolution(module) else 1
-            yield name, [m for _, m in items[at : at + length] if m is not None]
-            at += length
-
-
-def _is_convolution(module: nn.Module | None) -> bool:
-    return (
-        isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    )
+    result: list[tuple[str, list[Block] | nn.Module]] = []
+    rest = list(sequence._modules.items())
+    run: list[Block] = []
+    while rest:
+        name, module = rest[0]
+        block = _block(name, [m for _, m in rest[:3] if m is not None])
+        if block is None:
+            run = []
+            if module is not None:
+                result.append((name, module))
+            del rest[0]
+            continue
+        if not run:
+            result.append((name, run))
+        run.append(block)
+        del rest[: block.length]
+    return result
 
 
-def _block_length(modules: list[nn.Module | None]) -> int:
-    """3 or 2 where the modules begin with a block with or without BatchNorm that may be fused, else 1."""
-    with_norm = len(modules) > 2 and type(modules[1]) is nn.BatchNorm2d
-    length = 3 if with_norm else 2
-    if len(modules) < length or type(modules[length - 1]) not in (nn.LeakyReLU, nn.ReLU):
-        return 1
-    return 1 if _has_any_global_hook() or any(map(_has_hooks, modules[:length])) else length
+def _block(name: str, modules: list[nn.Module]) -> Block | None:
+    """The block that `modules` begin with, or None."""
+    if not modules or _has_any_global_hook():
+        return None
+    conv: Any = modules[0]
+    if (
+        not _is_plain(conv, nn.Conv2d, nn.ConvTranspose2d)
+        or isinstance(conv.padding, str)
+        or conv.padding_mode != "zeros"
+    ):
+        return None
+    after: list[Any] = modules[1:]
+    norm: Any = after.pop(0) if after and _is_plain(after[0], nn.BatchNorm2d) else None
+    slope, length = 1.0, 1 + (norm is not None)
+    if _is_activation(after):
+        slope, length = 0.0 if isinstance(after[0], nn.ReLU) else after[0].negative_slope, length + 1
+    return Block(name, length, conv, norm, slope)
 
 
-def _has_hooks(module: nn.Module | None) -> bool:
-    return module is not None and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _is_activation(rest: list[nn.Module]) -> bool:
+    return bool(rest) and _is_plain(rest[0], nn.LeakyReLU, nn.ReLU)
 
 
-def _run_block(modules: list[nn.Module], input: Tensor) -> Tensor:
-    convolution, activation = modules[0], modules[-1]
-    weight: Any = convolution.weight
-    slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
-    norm = modules[1] if len(modules) == 3 else None
+def _is_plain(module: nn.Module, *types: type) -> bool:
+    """Exactly one of `types` (a parametrised module has a type of its own) and without hooks."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in types and not hooks
+
+
+def run_block(block: Block, input: Tensor) -> Tensor:
+    """One block by `conv_bn_act` or `conv_transpose_bn_act`, whatever backend they choose."""
+    backends.enter_layer(block.name)
+    conv: Any = block.conv
     arguments: dict[str, Any] = {
-        "bias": convolution.bias,
-        "stride": convolution.stride,
-        "padding": convolution.padding,
-        "dilation": convolution.dilation,
-        "groups": convolution.groups,
-        "negative_slope": slope,
-        "batch_norm": norm is not None,
+        "bias": conv.bias,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "negative_slope": block.slope,
     }
-    if isinstance(norm, nn.BatchNorm2d):
-        arguments |= batch_norm_arguments(norm)
+    if block.norm is None:
+        arguments |= {"batch_norm": False, "training": False}
     else:
-        arguments["training"] = False
-    if isinstance(convolution, nn.ConvTranspose2d):
-        return conv_transpose_bn_act(input, weight, output_padding=convolution.output_padding, **arguments)
-    return conv_bn_act(input, weight, **arguments)
+        arguments |= batch_norm_arguments(block.norm)
+    if isinstance(conv, nn.ConvTranspose2d):
+        return conv_transpose_bn_act(input, conv.weight, output_padding=conv.output_padding, **arguments)
+    return conv_bn_act(input, conv.weight, **arguments)
 
 
 def batch_norm_arguments(norm: nn.BatchNorm2d) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from torch import nn
 
 from fastgan.errors import FastganError
-from fastgan.nn.stack import ConvStack, parts
+from fastgan.nn.blocks import parts
+from fastgan.nn.stack import ConvStack
 
 
 def fuse(module: nn.Module) -> nn.Module:

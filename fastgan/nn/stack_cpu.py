@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from fastgan import library
 from fastgan.backends import count
 from fastgan.errors import BackendError
-from fastgan.nn.blocks import batch_norm_arguments
-from fastgan.nn.stack import Block
+from fastgan.nn.blocks import Block, batch_norm_arguments
 
 _PARAMETERS = 4  # of a block: weight, bias, BatchNorm's weight and bias
 

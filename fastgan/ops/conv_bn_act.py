@@ -1,5 +1,6 @@
 """conv_bn_act: a block, a convolution, BatchNorm and LeakyReLU, as one operation.
- The convolution is the library's (cuDNN, oneDNN); what follows it is `bn_act` of the chosen backend. Fused
+
+The convolution is the library's (cuDNN, oneDNN); what follows it is `bn_act` of the chosen backend. Fused
 convolutions plug in here.
 """
 
@@ -33,7 +34,7 @@ def conv_bn_act(
 
     Args:
         input: `[N, C, H, W]`.
-        weight: `[K, C / groups, R, S]`, as in `torch.nn.functional.conv2d`.
+        weight: `[K, C / groups, R, S]`, as in `torch.nn.functional.conv2d`, as are stride to groups.
         running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
         bias: `[K]`, of the convolution.
         batch_norm: False for a block without BatchNorm, such as a discriminator's first.

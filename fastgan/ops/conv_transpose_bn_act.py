@@ -1,7 +1,4 @@
-"""conv_transpose_bn_act: a block, a transposed convolution, BatchNorm and LeakyReLU, as one operation.
- The convolution is the library's (cuDNN, oneDNN); what follows it is `bn_act` of the chosen backend. Fused
-convolutions plug in here.
-"""
+"""conv_transpose_bn_act: `conv_bn_act` with a transposed convolution."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,23 +29,11 @@ def conv_transpose_bn_act(
 ) -> Tensor:
     """`leaky_relu(batch_norm(conv_transpose2d(input, weight, bias, ...), ...), negative_slope)`.
 
+    Arguments, result, errors, derivatives and what is kept for backward are those of `conv_bn_act`, but for
+
     Args:
-        input: `[N, C, H, W]`.
-        weight: `[C, K / groups, R, S]`, as in `torch.nn.functional.conv_transpose2d`, as are stride to
-            groups.
-        running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
-        bias: `[K]`, of the convolution.
-        batch_norm: False for a block without BatchNorm, such as a discriminator's first.
-        training, momentum, eps, negative_slope, backend: as in `bn_act`.
-
-    Returns:
-        `[N, K, H', W']`, in the dtype and memory format of the convolution's output; under autocast the
-        convolution runs in the lower precision, while statistics and BatchNorm's parameters stay fp32.
-        Differentiable any number of times. Kept for backward: input, weight, the convolution's output and
-        O(K).
-
-    Raises:
-        ValueError, BackendError: as in `bn_act`; BatchNorm tensors given with `batch_norm=False`.
+        weight: `[C, K / groups, R, S]`, as in `torch.nn.functional.conv_transpose2d`.
+        output_padding: added to one side of the output's size; less than the stride or the dilation.
     """
     y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return block_end(

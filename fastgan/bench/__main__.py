@@ -1,0 +1,129 @@
+"""`python -m fastgan.bench`: how fast a training step is here, beside PyTorch's own; see `--help`."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from fastgan.bench import plot, results
+from fastgan.bench.machine import peaks
+from fastgan.bench.pairing import MIN_ROUNDS
+from fastgan.bench.steps import providers
+from fastgan.command import run_command
+from fastgan.errors import FastganError
+
+
+@dataclass
+class BenchConfig:
+    """Measure training steps: images per second, and how many times as fast as PyTorch's DCGAN example.
+
+    All competitors take turns in one process. Ratios are medians over the rounds, with their 95 % confidence interval.
+    """
+
+    quick: bool = False
+    """the two smallest cases, without torch.compile and without peak memory: a minute"""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N"""
+    rounds: int = 9
+    """how often each competitor takes its turn, at least 6"""
+    case: str = ""
+    """only cases whose name contains this, such as "DCGAN-64" or "batch 32, bf16" """
+    memory: bool = True
+    """measure the peak memory of each competitor too, in processes of their own"""
+    json: Path | None = None
+    """write the data, with machine, versions and commit, here"""
+    plot: Path | None = None
+    """draw the ratios into this PNG file"""
+    compare: Path | None = None
+    """an older --json file: exit with 1 where fastgan got slower beyond the noise of both"""
+    debug: Annotated[bool, tyro.conf.arg(help="show tracebacks of errors")] = False
+
+
+def checked_device(config: BenchConfig) -> torch.device:
+    """The device; FastganError for the first value that cannot work, before anything is measured."""
+    if config.rounds < MIN_ROUNDS:
+        raise FastganError(f"--rounds: expected at least {MIN_ROUNDS}, which an interval needs; got {config.rounds}")
+    for option, path in (("--json", config.json), ("--plot", config.plot)):
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise FastganError(f"{option}: {path.parent} is not a folder that can be written to")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise FastganError(f"--device: expected cpu, cuda or cuda:N; got {config.device!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FastganError(f"--device: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def bench(config: BenchConfig) -> list[str]:
+    """Measure, print and save; returns the regressions against `config.compare`."""
+    device = checked_device(config)
+    cases = results.select(config.case, config.quick)
+    old = None if config.compare is None else results.read(config.compare)
+    best = peaks(device)
+    competitors = {n: p for n, p in providers(device).items() if not (config.quick and n == "compiled")}
+    print("measured peaks: " + ", ".join(f"{rate:.0f} {name}" for name, rate in best.items()))
+    print("competitors: " + "; ".join(f"{name}: {provider.what}" for name, provider in competitors.items()))
+    rows = []
+    for case in cases:
+        row = results.measure(case, device, competitors, config.rounds, best)
+        if config.memory and not config.quick:
+            row |= results.measure_memory(case, device, competitors)
+        rows.append(row)
+        print("\n" + "\n".join(lines(row)), flush=True)
+    if config.json is not None:
+        results.save(results.document(device, best, rows), config.json)
+    if config.plot is not None:
+        plot.draw(rows, results.document(device, best, rows)["environment"]["machine"], config.plot)
+    return [] if old is None else results.regressions(old["rows"], rows)
+
+
+def lines(row: results.Row) -> list[str]:
+    """What is printed of one case."""
+    found = [row["case"]]
+    for name in row["seconds"]:
+        text = f"  {name:<10}{results.images_per_second(row, name):8.0f} images/s"
+        text += f"{1e3 * results.step_seconds(row, name):9.1f} ms a step"
+        if (peak := row.get("peak_bytes", {}).get(name)) is not None:
+            text += f"{peak / 2**20:8.0f} MiB"
+        if name != "stock":
+            text += f"   {results.times_as_fast(row, 'stock', name)} times stock"
+        found.append(text)
+    other, floor = results.best_other(row), row["floor_seconds"]
+    found.append(f"  fastgan is {results.times_as_fast(row, other)} times as fast as {other}")
+    found.append(
+        f"  floor {1e3 * sum(floor.values()):.1f} ms ({1e3 * floor['multiplications']:.1f} multiplying, "
+        f"{1e3 * floor['memory']:.1f} memory): {100 * results.floor_share(row):.0f} % of it reached, "
+        f"{row['gflop'] / results.step_seconds(row):.0f} GFLOP/s by the convolutions' definition"
+    )
+    for network, kept in row.get("kept_bytes", {}).get("fastgan", {}).items():
+        eager = row["kept_bytes"]["tuned"][network]
+        found.append(f"  {network}: {kept / 2**20:.1f} MiB kept for backward, {kept / eager:.2f} of eager's")
+    found.append(f"  a run of {row['kimg']:.0f} kimg: {duration(results.run_seconds(row))}")
+    return found
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def main(arguments: Sequence[str]) -> int:
+    config = tyro.cli(BenchConfig, prog="python -m fastgan.bench", args=list(arguments))
+    slower: list[str] = []
+    code = run_command(lambda: slower.extend(bench(config)), debug=config.debug)
+    for line in slower:
+        print(f"slower: {line}", file=sys.stderr)
+    return code or (1 if slower else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

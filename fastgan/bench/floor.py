@@ -1,0 +1,49 @@
+"""The least time that a training step could take here: its multiplications at the measured matrix peak, then its
+operands once through memory at the measured bandwidth of a copy.
+
+It is a floor for this way of computing: Winograd's F(2x2, 2x2) in one direction and F(4, 2) in the other where the
+kernels use it, the convolutions of a step that throws nothing away, BatchNorm and activation for nothing. Both parts
+are added, for a core that moves does not multiply.
+"""
+
+import torch
+
+from fastgan.bench.cases import Case, Layer, layers
+
+WINOGRAD = 15 / 32  # multiplications left: 3 x 5 points for 2 x 4 outputs of 2 x 2 taps each
+THIN = 4  # channels up to which the definition is computed: transforms would cost more than they save
+ADAM_BYTES = 28  # of a parameter in fp32: reads it, its gradient and two moments, writes all but the gradient
+
+
+def passes(case: Case) -> list[tuple[Layer, int]]:
+    """Each convolution of a step and how often it runs, in any of its three passes.
+
+    The discriminator sees real images, fakes, and fakes again for the generator: three passes forward, three to the
+    input (its first layer only the last time) and two to the weights. The generator has one of each.
+    """
+    generator, discriminator = layers(case)
+    return [
+        *((layer, 2 if index == 0 else 3) for index, layer in enumerate(generator)),
+        *((layer, 6 if index == 0 else 8) for index, layer in enumerate(discriminator)),
+    ]
+
+
+def gflop(case: Case) -> float:
+    """Of the convolutions of a step by their definition."""
+    return sum(times * layer.gflop(case.batch_size) for layer, times in passes(case))
+
+
+def floor(case: Case, peaks: dict[str, float]) -> dict[str, float]:
+    """Seconds of multiplications and of memory, at the `peaks` of `machine.peaks`."""
+    rate = max(rate for name, rate in peaks.items() if name in ("fp32 GFLOP/s", f"{case.precision} GFLOP/s"))
+    multiplications = memory = 0.0
+    for layer, times in passes(case):
+        multiplications += times * layer.gflop(case.batch_size) * (WINOGRAD if transforms(layer) else 1.0) / rate
+        memory += times * layer.gigabytes(case.batch_size, case.dtype.itemsize) / peaks["copy GB/s"]
+    parameters = sum(p.numel() for network in case.networks(torch.device("meta")) for p in network.parameters())
+    return {"multiplications": multiplications, "memory": memory + 1e-9 * ADAM_BYTES * parameters / peaks["copy GB/s"]}
+
+
+def transforms(layer: Layer) -> bool:
+    """Whether Winograd's transforms apply and pay."""
+    return (layer.kernel, layer.stride) == (4, 2) and min(layer.in_channels, layer.out_channels) > THIN

@@ -1,0 +1,63 @@
+"""What a measurement belongs to, and what its machine can do at best."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgan.bench.cases import PRECISIONS
+from fastgan.bench.pairing import seconds
+from fastgan.versions import device_name, versions
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine, versions, commit and command."""
+    return {
+        "machine": device_name(device),
+        "device": device.type,
+        "capability": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
+        "versions": versions(),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": " ".join(["python -m fastgan.bench", *sys.argv[1:]]),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the source tree; None where fastgan was installed without one."""
+    try:
+        root = str(Path(__file__).parent)
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """The measured peak rates: GFLOP/s of square matrix products by precision, and GB/s of a copy (read and write
+    counted), each the best of several. About a second."""
+    found = {f"{name} GFLOP/s": _matrix_gflops(dtype, device) for name, dtype in PRECISIONS.items()}
+    source = torch.zeros(1 << 26 if device.type == "cpu" else 1 << 28, device=device)  # far more than caches hold
+    target = torch.ones_like(source)
+    found["copy GB/s"] = 2e-9 * source.nbytes / _best(lambda: target.copy_(source), device)
+    return found
+
+
+def _matrix_gflops(dtype: torch.dtype, device: torch.device) -> float:
+    """Of the best size among powers of two that take no longer than a tenth of a second."""
+    rate, side = 0.0, 256
+    while rate == 0.0 or 2e-9 * side**3 / rate < 0.1:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        rate = max(rate, 2e-9 * side**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device))  # type: ignore[misc]
+        side *= 2
+    return rate
+
+
+def _best(run: Callable[[], object], device: torch.device, budget: float = 0.2) -> float:
+    """Fewest seconds that a call took within about `budget` seconds, at least three calls, after one to warm up."""
+    first = seconds(run, 1, device)
+    return min(seconds(run, 1, device) for _ in range(max(3, min(50, int(budget / first)))))

@@ -1,0 +1,66 @@
+"""How large the tiles of the convolution kernels are, how many warps share one and how many loads are in flight.
+
+The list is short and argued, and never tuned at run time: the order of additions, and so every bit of the result,
+follows from shapes, dtype and device alone. The widest tile that still gives every multiprocessor a program is taken:
+wide tiles read the operands fewer times, narrow ones fill the card on the deep layers' small images.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+LEAST = 16  # the smallest extent of a matrix instruction's operand, and of a tile
+
+
+class Tile(NamedTuple):
+    """Rows, columns and depth of one step, its warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Halves: 64 deep is 128 bytes, one line of shared memory; 8 warps are the two warpgroups that wgmma wants on sm_90 and
+# keep the accumulator of 128 x 128 within 64 registers a thread. sm_80 has fewer bytes of shared memory for as many.
+_HALVES = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4))
+_TF32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 4), Tile(64, 32, 32, 4, 4))
+# Without tensor cores (fp32 in full, fp64 for tests) operands live in registers: small tiles.
+_PLAIN = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the tensor's device; without a device (the interpreter, fake tensors) an H100's."""
+    real = tensor.is_cuda and torch.cuda.is_available()
+    return _multiprocessors(tensor.device.index or 0) if real else 132
+
+
+def candidates(dtype: torch.dtype, precision: str) -> tuple[Tile, ...]:
+    """The list for a dtype, widest first."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return _HALVES
+    return _TF32 if dtype == torch.float32 and precision == "tf32" else _PLAIN
+
+
+def tile_of(value: Tensor, precision: str, rows: int, columns: int, depth: int, copies: int = 1) -> Tile:
+    """The tile for a product of `rows` x `columns` with `depth` multiplications each, computed `copies` times over."""
+    for tile in candidates(value.dtype, precision):
+        tile = tile._replace(
+            rows=_extent(rows, tile.rows), columns=_extent(columns, tile.columns), depth=_extent(depth, tile.depth)
+        )
+        if copies * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= multiprocessors(value):
+            break
+    return tile
+
+
+def _extent(needed: int, widest: int) -> int:
+    return min(widest, max(LEAST, triton.next_power_of_2(needed)))

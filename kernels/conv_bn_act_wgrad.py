@@ -1,0 +1,124 @@
+"""Triton kernel of the weight gradient of conv_bn_act and conv_transpose_bn_act, an implicit GEMM with a prologue on
+both operands. The contract stands in `fastgan/ops/conv_bn_act_eager.py`.
+
+Either convolution joins a large and a small side, and its weight [F, G, R, S] one channel of each: F of the small side
+and G of the large one for a plain convolution, and for a transposed one too. The gradient's rows are the F channels,
+its columns the kernel's positions and G channels folded into one axis, and its reduction runs over the small side's
+pixels. That axis is long and the gradient small, so it is split among programs; a second kernel adds up their partial
+results in a fixed order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastgan.kernels.conv_bn_act_operand import _operand, _pixels, accumulator, kind_of, precision_of
+from fastgan.kernels.conv_bn_act_tiles import multiprocessors, tile_of
+from fastgan.kernels.launch import launch
+from torch import Tensor
+
+MAX_SPLITS = 64
+BLOCK = 1024
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    parts, large, large_second, large_constants, small, small_second, small_constants,
+    images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
+    LARGE: tl.constexpr, LARGE_SLOPE: tl.constexpr, SMALL: tl.constexpr, SMALL_SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    all_columns = KERNEL[0] * KERNEL[1] * large_channels
+    column_tiles = tl.cdiv(all_columns, BN)
+    f = tl.program_id(0) // column_tiles * BM + tl.arange(0, BM)
+    column = tl.program_id(0) % column_tiles * BN + tl.arange(0, BN)
+    tap, g = column // large_channels, column % large_channels
+    r, s = tap // KERNEL[1] * DILATION[0] - PADDING[0], tap % KERNEL[1] * DILATION[1] - PADDING[1]
+    real_f, real_g = (f < small_channels)[None, :], (column < all_columns)[None, :]
+    beside = ((r * width + s) * large_channels + g)[None, :]
+
+    acc = tl.zeros((BM, BN), ACC)
+    first = tl.program_id(1) * per_split
+    for step in range(first, tl.minimum(first + per_split, steps)):
+        image, i, j, exists = _pixels(step, BK, images, small_height, small_width)
+        inside = exists[:, None] & real_f
+        at = ((image * small_height + i) * small_width + j)[:, None] * small_channels + f[None, :]
+        a = tl.load(small + at, inside, 0.0)
+        b = tl.load(small_second + at, inside, 0.0) if SMALL == "gradient" else a
+        a = _operand(a, b, small_constants, f[None, :], real_f, small_channels, inside, SMALL, SMALL_SLOPE)
+
+        i, j = i * STRIDE[0], j * STRIDE[1]
+        h, w = i[:, None] + r[None, :], j[:, None] + s[None, :]
+        inside = exists[:, None] & real_g & (h >= 0) & (h < height) & (w >= 0) & (w < width)
+        at = (((image * height + i) * width + j) * large_channels)[:, None] + beside
+        c = tl.load(large + at, inside, 0.0)
+        d = tl.load(large_second + at, inside, 0.0) if LARGE == "gradient" else c
+        c = _operand(c, d, large_constants, g[None, :], real_g, large_channels, inside, LARGE, LARGE_SLOPE)
+        acc = tl.dot(tl.trans(a), c, acc, input_precision=PRECISION, out_dtype=ACC)
+
+    at = (tl.program_id(1).to(tl.int64) * small_channels + f)[:, None] * all_columns + column[None, :]
+    tl.store(parts + at, acc, (f < small_channels)[:, None] & real_g)
+
+
+@triton.jit
+def _sum_kernel(
+    out, parts, splits, size, channels, taps, per_f, per_tap, per_g, ACC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The partial results [splits, F, taps, G], added up in order, to wherever the weight's layout has them."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    total = tl.zeros((BLOCK,), ACC)
+    part = parts + at
+    for _ in range(splits):
+        total += tl.load(part, inside, 0.0)
+        part += size
+    row = at // channels
+    place = row // taps * per_f + row % taps * per_tap + at % channels * per_g
+    tl.store(out + place, total.to(out.dtype.element_ty), inside)
+
+
+def weight_gradient(
+    large: Tensor, large_second: Tensor | None, large_constants: Tensor | None, large_slope: float,
+    small: Tensor, small_second: Tensor | None, small_constants: Tensor | None, small_slope: float,
+    weight: Tensor, geometry: Any,
+) -> Tensor:  # fmt: skip
+    images, large_channels, height, width = large.shape
+    small_channels, small_height, small_width = small.shape[1:]
+    kernel, stride, padding, dilation = (tuple(of) for of in geometry)
+    columns, pixels = kernel[0] * kernel[1] * large_channels, images * small_height * small_width
+    gradient = torch.empty_like(weight)
+    if gradient.numel() == 0 or pixels == 0:
+        return gradient.zero_()
+    acc, sums = accumulator(large)
+    precision = precision_of(large)
+    tile = tile_of(large, precision, small_channels, columns, pixels, MAX_SPLITS)
+    tiles = triton.cdiv(small_channels, tile.rows) * triton.cdiv(columns, tile.columns)
+    steps = triton.cdiv(pixels, tile.depth)
+    per_split = triton.cdiv(steps, min(MAX_SPLITS, max(1, 2 * multiprocessors(large) // tiles)))
+    splits = triton.cdiv(steps, per_split)
+    parts = large.new_empty((splits, small_channels, columns), dtype=sums)
+    launch(
+        _weight_gradient_kernel, (tiles, splits), large,
+        parts, large, large_second, large_constants, small, small_second, small_constants,
+        images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split,
+        KERNEL=kernel, STRIDE=stride, PADDING=padding, DILATION=dilation,
+        LARGE=kind_of(large_second, large_constants, large_slope), LARGE_SLOPE=float(large_slope),
+        SMALL=kind_of(small_second, small_constants, small_slope), SMALL_SLOPE=float(small_slope),
+        PRECISION=precision, ACC=acc, BM=tile.rows, BN=tile.columns, BK=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if not _dense(gradient):
+        gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    per_f, per_g, _, per_tap = gradient.stride()
+    launch(
+        _sum_kernel, (triton.cdiv(gradient.numel(), BLOCK),), large, gradient, parts, splits, gradient.numel(),
+        large_channels, kernel[0] * kernel[1], per_f, per_tap, per_g, ACC=acc, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return gradient
+
+
+def _dense(weight: Tensor) -> bool:
+    """Whether rows follow one another without a gap, so that one stride leads through the kernel's positions."""
+    return weight.stride(2) == weight.stride(3) * weight.shape[3]
