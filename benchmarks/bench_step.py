@@ -1,26 +1,22 @@
-"""A whole training step: the stock example's, the tuned eager one and fastgan's.
+"""A whole training step of each competitor, beside the stock example's. `python -m fastgan.bench` lets all of them take
+turns and adds memory and the floor: quote that."""
 
-pytest -o addopts= benchmarks/bench_step.py --benchmark-only --benchmark-group-by=param:case
-`python -m fastgan.bench` measures the same interleaved, which is what to quote.
-"""
+import dataclasses
 
 import pytest
-import torch
 
-from fastgan.backends import use_backend
-from fastgan.bench import CASES, own_step, stock_step
-
-PROVIDERS = {"stock": (stock_step, "eager"), "tuned": (own_step, "eager"), "fastgan": (own_step, None)}
+from fastgan.bench.cases import CASES
+from fastgan.bench.floor import gflop
+from fastgan.bench.steps import providers
 
 
-@pytest.mark.benchmark(group="step", min_rounds=3)
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("competitor", ["stock", "tuned", "compiled", "fastgan"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_step(benchmark, case, provider):
-    make, backend = PROVIDERS[provider]
-    step = make(case, torch.device("cpu"))
-    real = torch.randn(case.batch_size, case.channels, case.image_size, case.image_size)
-    if provider != "stock":
-        real = real.contiguous(memory_format=torch.channels_last)
-    with use_backend(backend):
-        benchmark(step, real)
+def test_step(pair, benchmark, batch, device, case, competitor):
+    benchmark.group = f"step: {case.name}"
+    quick = batch(case.batch_size) < case.batch_size
+    if quick and (case != CASES[0] or competitor == "compiled"):
+        pytest.skip("--quick: only the default run's step, and nothing is compiled")
+    case = dataclasses.replace(case, batch_size=batch(case.batch_size))
+    run, reference = (providers(device)[name].step(case, device) for name in (competitor, "stock"))
+    pair(run, reference, gflop=gflop(case))

@@ -80,6 +80,7 @@ def tuned(case: Case, device: torch.device) -> Callable[[], Any]:
 
 
 def compiled(case: Case, device: torch.device) -> Callable[[], Any]:
+    torch.compiler.reset()  # dynamo counts recompilations by code, over all cases, and would turn eager after a few
     generator, discriminator = (_plain(network) for network in case.networks(device))
     return _gan_step(case, device, generator, discriminator, wrap=torch.compile)
 

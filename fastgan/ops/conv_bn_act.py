@@ -4,11 +4,16 @@ The convolution is the library's (cuDNN, oneDNN), or, asked for by name, the CUD
 of the chosen backend.
 """
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.ops.bn_act import block_end
 from fastgan.ops.conv_bn_act_cuda import convolution
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def conv_bn_act(
@@ -29,27 +34,32 @@ def conv_bn_act(
     eps: float = 1e-5,
     negative_slope: float = 0.2,
     batch_norm: bool = True,
+    process_group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """`leaky_relu(batch_norm(conv2d(input, weight, bias, ...), ...), negative_slope)`.
 
-    Args:
-        input: `[N, C, H, W]`.
-        weight: `[K, C / groups, R, S]`, as in `torch.nn.functional.conv2d`, as are stride to groups.
-        running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
-        bias: `[K]`, of the convolution.
-        batch_norm: False for a block without BatchNorm, such as a discriminator's first.
-        training, momentum, eps, negative_slope, backend: as in `bn_act`. With "cuda" here (not by `use_backend`) the
-            convolution itself is fastgan's, too: fp16 or bf16, C a multiple of 8, no bias, groups=1.
+        Args:
+            input: `[N, C, H, W]`.
+            weight: `[K, C / groups, R, S]`, as in `torch.nn.functional.conv2d`, as are stride to groups.
+            running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
+            bias: `[K]`, of the convolution.
+            batch_norm: False for a block without BatchNorm, such as a discriminator's first.
+    <<<<<<< HEAD
+            training, momentum, eps, negative_slope, backend: as in `bn_act`. With "cuda" here (not by `use_backend`) the
+                convolution itself is fastgan's, too: fp16 or bf16, C a multiple of 8, no bias, groups=1.
+    =======
+            training, momentum, eps, negative_slope, process_group, backend: as in `bn_act`.
+    >>>>>>> main
 
-    Returns:
-        `[N, K, H', W']`, in the dtype and memory format of the convolution's output; under autocast the
-        convolution runs in the lower precision, while statistics and BatchNorm's parameters stay fp32.
-        Differentiable any number of times. Kept for backward: input, weight, the convolution's output and
-        O(K).
+        Returns:
+            `[N, K, H', W']`, in the dtype and memory format of the convolution's output; under autocast the
+            convolution runs in the lower precision, while statistics and BatchNorm's parameters stay fp32.
+            Differentiable any number of times. Kept for backward: input, weight, the convolution's output and
+            O(K).
 
-    Raises:
-        ValueError, BackendError: as in `bn_act`; BatchNorm tensors given with `batch_norm=False`.
+        Raises:
+            ValueError, BackendError: as in `bn_act`; BatchNorm tensors given with `batch_norm=False`.
     """
     if backend == "cuda":
         y = convolution(input, weight, bias, stride, padding, dilation, groups)
@@ -57,5 +67,5 @@ def conv_bn_act(
         y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return block_end(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
-        negative_slope=negative_slope, batch_norm=batch_norm, backend=backend,
+        negative_slope=negative_slope, batch_norm=batch_norm, process_group=process_group, backend=backend,
     )  # fmt: skip
