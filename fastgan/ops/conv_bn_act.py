@@ -39,27 +39,24 @@ def conv_bn_act(
 ) -> Tensor:
     """`leaky_relu(batch_norm(conv2d(input, weight, bias, ...), ...), negative_slope)`.
 
-        Args:
-            input: `[N, C, H, W]`.
-            weight: `[K, C / groups, R, S]`, as in `torch.nn.functional.conv2d`, as are stride to groups.
-            running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
-            bias: `[K]`, of the convolution.
-            batch_norm: False for a block without BatchNorm, such as a discriminator's first.
-    <<<<<<< HEAD
-            training, momentum, eps, negative_slope, backend: as in `bn_act`. With "cuda" here (not by `use_backend`) the
-                convolution itself is fastgan's, too: fp16 or bf16, C a multiple of 8, no bias, groups=1.
-    =======
-            training, momentum, eps, negative_slope, process_group, backend: as in `bn_act`.
-    >>>>>>> main
+    Args:
+        input: `[N, C, H, W]`.
+        weight: `[K, C / groups, R, S]`, as in `torch.nn.functional.conv2d`, as are stride to groups.
+        running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
+        bias: `[K]`, of the convolution.
+        batch_norm: False for a block without BatchNorm, such as a discriminator's first.
+        training, momentum, eps, negative_slope, process_group, backend: as in `bn_act`. With "cuda" here (not by
+            `use_backend`) the convolution itself is fastgan's, too: fp16 or bf16, C a multiple of 8, no bias,
+            groups=1.
 
-        Returns:
-            `[N, K, H', W']`, in the dtype and memory format of the convolution's output; under autocast the
-            convolution runs in the lower precision, while statistics and BatchNorm's parameters stay fp32.
-            Differentiable any number of times. Kept for backward: input, weight, the convolution's output and
-            O(K).
+    Returns:
+        `[N, K, H', W']`, in the dtype and memory format of the convolution's output; under autocast the
+        convolution runs in the lower precision, while statistics and BatchNorm's parameters stay fp32.
+        Differentiable any number of times. Kept for backward: input, weight, the convolution's output and
+        O(K).
 
-        Raises:
-            ValueError, BackendError: as in `bn_act`; BatchNorm tensors given with `batch_norm=False`.
+    Raises:
+        ValueError, BackendError: as in `bn_act`; BatchNorm tensors given with `batch_norm=False`.
     """
     if backend == "cuda":
         y = convolution(input, weight, bias, stride, padding, dilation, groups)
