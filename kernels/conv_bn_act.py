@@ -155,9 +155,8 @@ def convolve(
     tile = tile_of(value, precision, images * pixels, out_channels, positions * channels, phases)
     fold = channels < tile.depth
     tiles = triton.cdiv(images * pixels, tile.rows)
-    y = torch.empty(
-        (images, out_channels, *size), dtype=value.dtype, device=value.device, memory_format=torch.channels_last
-    )
+    shape = (images, out_channels, *size)
+    y = torch.empty(shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last)
     rows = {"store": 0, "statistics": 4}.get(epilogue, 2)
     parts = y.new_empty((rows, phases * tiles, out_channels), dtype=sums)
     if y.numel() == 0:
