@@ -27,8 +27,8 @@ class Tile(NamedTuple):
 
 # Halves: 64 deep is 128 bytes, one line of shared memory; 8 warps are the two warpgroups that wgmma wants on sm_90 and
 # keep the accumulator of 128 x 128 within 64 registers a thread. sm_80 has fewer bytes of shared memory for as many.
-_HALVES = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4))
-_TF32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 4), Tile(64, 32, 32, 4, 4))
+_HALVES = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 3))
+_TF32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3))
 # Without tensor cores (fp32 in full, fp64 for tests) operands live in registers: small tiles.
 _PLAIN = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))
 
