@@ -46,8 +46,8 @@ _CLAMP = re.compile(r"(?<![\w:])min\(")
 _LOOSE = re.compile(r" (?:[<>]=?|[!=]=|\?) ")  # a comparison or a choice that none of those holds
 # Loops over so many elements that the compiler knows how many: nothing at run time can lead them astray.
 _CONSTANT_LOOP = re.compile(
-    r"\w+ (?:< (?:V|size|floats|sums|chunk|depth|in_flight|stages - 1|warps_per_block|rows_per_thread|bce_threads / warp"
-    r"|\d+)|> 0)$"
+    r"\w+ (?:< (?:V|size|floats|sums|chunk|depth|in_flight|stages - 1|warps_per_block|rows_per_thread"
+    r"|bce_threads / warp|\d+)|> 0)$"
 )
 
 # (file, the line or a part of it): why it is no barrier, bounds check or mask.

@@ -144,7 +144,7 @@ _AUTOMATIC = 0  # Winograd or the direct product, as the kernel sees fit
 def _own(to_large: bool, value: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is taken, or the library: its thin first convolution is as fast as memory allows."""
     size = value.shape[2:]
-    return (to_large or weight.shape[1] > 4) and min(size) >= (1 if to_large else 2)
+    return min(size) >= (1 if to_large else 2)
 
 
 def _own_convolution(
