@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.nn.blocks import Block, is_plain, parts, run_block, run_norm
+from fastgan.nn.blocks import Block, is_plain, parts, run_block, run_norm, why_apart
 from fastgan.nn.unit import run_blocks
 
 
@@ -36,15 +36,23 @@ class ConvStack(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         fused = why_unfused(input) is None
-        for index, (_, part) in enumerate(parts(self)):
+        for index, (name, part) in enumerate(parts(self)):
             if isinstance(part, list):
                 recompute = self.recompute_first and index == 0
                 input = _run_as_units(part, input, recompute) if fused else _run_by_operations(part, input)
-            elif isinstance(part, nn.SyncBatchNorm) and is_plain(part, nn.SyncBatchNorm):
-                input = run_norm(part, input)
             else:
-                input = part(input)
+                input = _run_apart(name, part, input)
         return input
+
+
+def _run_apart(name: str, module: nn.Module, input: Tensor) -> Tensor:
+    """A module that is in no block, as it is."""
+    if not torch.compiler.is_compiling() and (reason := why_apart(module)) is not None:
+        backends.enter_layer(name)
+        backends.note(type(module).__name__, input, backends.Decision("eager", f"runs as it is: {reason}"))
+    if isinstance(module, nn.SyncBatchNorm) and is_plain(module, nn.SyncBatchNorm):
+        return run_norm(module, input)
+    return module(input)
 
 
 def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
