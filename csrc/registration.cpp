@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
         "int height, int width, bool statistics, Tensor? output_y, Tensor? output_constants, float output_slope, "
         "int scheme) -> (Tensor, Tensor)");
   m.def("weight_gradient(Tensor large, Tensor? large_second, Tensor? large_constants, float large_slope, Tensor small, "
-        "Tensor? small_second, Tensor? small_constants, float small_slope, int scheme) -> Tensor");
+        "Tensor? small_second, Tensor? small_constants, float small_slope, bool channels_last, int scheme) -> Tensor");
   m.def("gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target) -> (Tensor, Tensor, Tensor)");
   m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
   m.def("bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope) -> Tensor");

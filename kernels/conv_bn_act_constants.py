@@ -52,7 +52,7 @@ def _forward_kernel(
             new_mean, new_var = old_mean.to(ACC) * (1 - m) + mean * m, old_var.to(ACC) * (1 - m) + unbiased * m
             tl.store(running_mean + c, new_mean.to(old_mean.dtype), known)
             tl.store(running_var + c, new_var.to(old_var.dtype), known)
-    invstd = 1.0 / tl.sqrt_rn(var + tl.full((BC,), eps, ACC))
+    invstd = 1.0 / tl.sqrt(var + tl.full((BC,), eps, ACC))
     scale, shift = invstd, tl.zeros((BC,), ACC)
     if WEIGHT:
         scale *= tl.load(weight + c, known, 0.0).to(ACC)

@@ -1,5 +1,7 @@
 """What the convolution kernels share: how an operand is made from what is stored, where a tile's pixels lie."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -45,8 +47,9 @@ def _pixels(tile, BLOCK: tl.constexpr, images, height, width):
 
 
 def precision_of(value: Tensor) -> str:
-    """How fp32 operands are multiplied: by torch's own switch for convolutions."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
+    """How fp32 operands are multiplied: by torch's own switch for convolutions on the tensor's kind of device."""
+    backend: Any = torch.backends.mkldnn if value.device.type == "cpu" else torch.backends.cudnn
+    return "tf32" if backend.conv.fp32_precision == "tf32" else "ieee"
 
 
 def kind_of(second: Tensor | None, constants: Tensor | None, slope: float) -> str:

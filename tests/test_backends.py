@@ -194,7 +194,7 @@ def test_each_dtype_and_layout_is_compared(verified):
 
 def test_a_large_input_is_compared_on_its_first_images(monkeypatch):
     monkeypatch.setattr(backends, "_VERIFY_ELEMENTS", 100)
-    dz, y, slope = backends._few((X, X, 0.2))
+    dz, y, slope = backends._few("bn_act_reduce", (X, X, 0.2))
     assert dz.shape == y.shape == (1, 3, 5, 5)
     assert slope == 0.2
 
@@ -206,7 +206,7 @@ def test_explain_names_each_layer_and_leaves_the_module_alone():
     generator, discriminator = Generator(16, 1, 5, 4).to(DEVICE), Discriminator(16, 1, 4).to(DEVICE)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
     layers = fastgan.explain(generator, torch.randn(3, 5, device=DEVICE), backend="triton")
-    assert [layer.name for layer in layers] == ["main.0", "main.3"]
+    assert [layer.name for layer in layers] == ["main.0", "main.3", "main.6"]
     assert {layer.decision.backend for layer in layers} == {"triton"}
     assert layers[1].shape == (3, 4, 8, 8)
     assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())

@@ -156,7 +156,7 @@ def test_a_step_on_triton_calls_none_of_them():
     assert watch.calls["batch_norm"] == watch.calls["activation"] == watch.calls["loss"] == watch.calls["backward"] == 0
     ran = backends.counts()
     assert {backend for backend, _ in ran} == {"triton"}
-    assert ran["triton", "bn_stats"] == 5
+    assert ran["triton", "block_constants"] == 5
     assert ran["triton", "gan_bce"] == 2
     again, real = step()
     torch.testing.assert_close(metrics, again(real), rtol=1e-4, atol=1e-5)

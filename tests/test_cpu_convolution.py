@@ -69,7 +69,7 @@ def test_all_directions_are_as_right_as_the_library(shape):
     got, _ = convolve([small], weight, True, large.shape[2:])
     assert_as_right_as_torch(got, own[0], truths[0], "to large")
     # The sum over a handful of pixels is exact to the last bit in the library now and then: that is luck, not a rule.
-    got = torch.ops.fastgan_cpu.weight_gradient(large, None, None, 1.0, small, None, None, 1.0, AUTOMATIC)
+    got = torch.ops.fastgan_cpu.weight_gradient(large, None, None, 1.0, small, None, None, 1.0, False, AUTOMATIC)
     assert_as_right_as_torch(got, own[1], truths[1], "weight gradient")
 
 
@@ -83,8 +83,23 @@ def test_both_schemes_compute_the_definition_in_fp64(shape, scheme):
     )
     dlarge, dweight = gradients(large, small, weight)
     torch.testing.assert_close(convolve([small], weight, True, large.shape[2:], scheme)[0], dlarge, **close)
-    got = torch.ops.fastgan_cpu.weight_gradient(large, None, None, 1.0, small, None, None, 1.0, scheme)
+    got = torch.ops.fastgan_cpu.weight_gradient(large, None, None, 1.0, small, None, None, 1.0, False, scheme)
     torch.testing.assert_close(got, dweight, **close)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 8, 8, False), (2, 17, 40, 5, 6, True), (2, 64, 128, 8, 8, False)], ids=str)
+def test_weight_layouts_give_the_same_bits(shape):
+    large, small, weight = sides(*shape)
+    nothing = (None, None, 1.0)
+    both = []
+    for last in (False, True):
+        stored = weight.contiguous(memory_format=torch.channels_last) if last else weight
+        gradient = torch.ops.fastgan_cpu.weight_gradient(large, *nothing, small, *nothing, last, AUTOMATIC)
+        assert gradient.is_contiguous(memory_format=torch.channels_last) == last
+        to_large = convolve([small], stored, True, large.shape[2:])[0]
+        both.append((convolve([large], stored, False, small.shape[2:])[0], to_large, gradient))
+    for one, two in zip(*both, strict=True):
+        assert torch.equal(one, two)
 
 
 def activation_constants(channels: int, dtype=torch.float64) -> Tensor:
@@ -123,7 +138,7 @@ def test_gradient_operand_and_backward_finish(scheme):
     got, sums = convolve([small, raw, by, 1.0], weight, True, large.shape[2:], scheme, output=(large, constants, slope))
     torch.testing.assert_close(got, g, rtol=1e-12, atol=1e-11)
     torch.testing.assert_close(sums, torch.stack([g.sum((0, 2, 3)), (g * (large - mean)).sum((0, 2, 3))]))
-    got = torch.ops.fastgan_cpu.weight_gradient(large, None, constants, slope, small, raw, by, 1.0, scheme)
+    got = torch.ops.fastgan_cpu.weight_gradient(large, None, constants, slope, small, raw, by, 1.0, False, scheme)
     truth = gradients(activate(large, constants, slope), dy, weight)[1]
     torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-10)
 
@@ -150,7 +165,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             weights = torch.ops.fastgan_cpu.weight_gradient(
-                large, None, constants, 0.2, small, None, None, 1.0, AUTOMATIC
+                large, None, constants, 0.2, small, None, None, 1.0, False, AUTOMATIC
             )
             results.append((*convolve([large, None, constants, 0.2], weight, False, (8, 8), statistics=True), weights))
     finally:
@@ -165,7 +180,7 @@ def test_empty_batch():
     y, sums = convolve([channels_last(0, 4, 6, 6)], weight, False, (3, 3), statistics=True)
     assert y.shape == (0, 8, 3, 3)
     assert not sums.any()
-    args = (channels_last(0, 4, 6, 6), None, None, 1.0, y, None, None, 1.0, AUTOMATIC)
+    args = (channels_last(0, 4, 6, 6), None, None, 1.0, y, None, None, 1.0, False, AUTOMATIC)
     assert not torch.ops.fastgan_cpu.weight_gradient(*args).any()
 
 
@@ -189,7 +204,7 @@ def test_nothing_of_an_earlier_call_is_read(channels, scheme):
 
     def run(large, small, weight):
         to_large = convolve([small], weight, True, (8, 8), scheme)[0]
-        gradient = torch.ops.fastgan_cpu.weight_gradient(large, *nothing, small, *nothing, scheme)
+        gradient = torch.ops.fastgan_cpu.weight_gradient(large, *nothing, small, *nothing, False, scheme)
         return convolve([large], weight, False, (4, 4), scheme)[0], to_large, gradient
 
     for result in run(large * torch.nan, small * torch.nan, weight * torch.nan):

@@ -123,7 +123,7 @@ def test_a_step_never_waits_for_the_device(options):
     with fastgan.use_backend("triton"), NoHostCopies():
         metrics = step(real)
     assert all(value.device.type == "meta" for value in metrics.values())
-    assert not backends.counts(), "an eager definition ran in place of the operation"
+    assert {backend for backend, _ in backends.counts()} == {"triton"}, "an eager definition ran in place of a kernel"
     assert all(p.grad is not None for p in step.generator.parameters())
 
 

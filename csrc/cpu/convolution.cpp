@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
   int64_t N = input.size(0), K = weight.size(0), C = weight.size(1), from = to_large ? K : C, to = to_large ? C : K;
   OperandView operand = view(op, input, second, constants, slope);
   check(op, "input", input, {N, from, input.size(2), input.size(3)}, true, dtype);
-  check(op, "weight", weight, {K, C, 4, 4}, false, dtype);
+  bool weight_channels_last = !weight.is_contiguous();
+  check(op, "weight", weight, {K, C, 4, 4}, weight_channels_last, dtype);
   check_sides(op, to_large ? height : input.size(2), to_large ? input.size(2) : height);
   check_sides(op, to_large ? width : input.size(3), to_large ? input.size(3) : width);
   STD_TORCH_CHECK(!output_y == !output_constants, op, ": output_y and output_constants come together");
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
   Convolution c{to_large ? Direction::to_large : Direction::to_small,
                 N, C, to_large ? height : input.size(2), to_large ? width : input.size(3),
                 K, to_large ? input.size(2) : height, to_large ? input.size(3) : width, scheme};
-  c.weight = weight.const_data_ptr(), c.result = result;
+  c.weight = weight.const_data_ptr(), c.weight_channels_last = weight_channels_last, c.result = result;
   (to_large ? c.small : c.large) = operand;
   run(c, dtype);
   return {out, sums};
@@ -69,7 +70,8 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
 
 Tensor weight_gradient(Tensor large, std::optional<Tensor> large_second, std::optional<Tensor> large_constants,
                        double large_slope, Tensor small, std::optional<Tensor> small_second,
-                       std::optional<Tensor> small_constants, double small_slope, int64_t scheme) {
+                       std::optional<Tensor> small_constants, double small_slope, bool channels_last,
+                       int64_t scheme) {
   const char* op = "weight_gradient";
   STD_TORCH_CHECK(large.dim() == 4 && small.dim() == 4, op, ": both sides must have 4 dimensions");
   Convolution c{Direction::to_weight, large.size(0), large.size(1), large.size(2), large.size(3),
@@ -79,8 +81,10 @@ Tensor weight_gradient(Tensor large, std::optional<Tensor> large_second, std::op
   check(op, "small side", small, {c.N, c.K, c.H, c.W}, true, large.scalar_type());
   check_sides(op, c.LH, c.H);
   check_sides(op, c.LW, c.W);
-  Tensor out = c.N ? torch::stable::new_empty(large, {c.K, c.C, 4, 4}) : torch::stable::new_zeros(large, {c.K, c.C, 4, 4});
-  c.result.out = out.mutable_data_ptr();
+  Shape shape{c.K, c.C, 4, 4};
+  Tensor out = channels_last ? empty_channels_last(large, shape) : torch::stable::new_empty(large, shape);
+  if (c.N == 0) torch::stable::zero_(out);
+  c.result.out = out.mutable_data_ptr(), c.weight_channels_last = channels_last;
   run(c, large.scalar_type());
   return out;
 }

@@ -1,5 +1,5 @@
 // A 4x4 stride-2 padding-1 convolution between a large side [N, LH, LW, C] and a small side [N, H, W, K], as plain
-// pointers: what convolution.cpp checks and convolution.isa.cpp computes. Weight [K, C, 4, 4], contiguous.
+// pointers: what convolution.cpp checks and convolution.isa.cpp computes. Weight [K, C, 4, 4], contiguous or channels-last.
 #pragma once
 #include <cstdint>
 
@@ -31,6 +31,7 @@ struct Convolution {
   Direction direction;
   int64_t N, C, LH, LW, K, H, W, scheme;
   const void* weight = nullptr;
+  bool weight_channels_last = false;  // of to_weight: the result's
   OperandView large, small;  // the operands that the direction reads
   ResultView result;
 };

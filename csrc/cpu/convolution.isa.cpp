@@ -14,24 +14,33 @@ int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size) {
   return std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
 }
 
-// product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each. The transformed weight
-// never exists as a whole, for deep layers it would be 30 MB: panel_of(o, u) makes one output panel's [points][depth][panel]
-// in the cache of the thread that multiplies by it.
+// product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each. The
+// transformed weight never exists as a whole, for deep layers it would be 30 MB: weight_of(first, last, from, count, u, point)
+// makes some output panels' share of some depth in the cache of the thread that multiplies by it.
 template <class T, class F>
-void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run, T* product,
-                     const F& panel_of) {
-  int64_t depth = in_panels * panel<T>;
-  int64_t cuts = std::clamp<int64_t>(8 / out_panels, 1, rows / 64 + 1), share = (rows + cuts - 1) / cuts;
-  parallel(out_panels * cuts, [&](int64_t task) {
-    int64_t o = task / cuts, first = task % cuts * share, count = std::min(share, rows - first);
-    T* u = scratch<T>(Scratch::weight, points * (depth + 1) * panel<T>);
-    panel_of(o, u);
-    for (int point = 0; point < points; point++) {
-      const T* a = operand + (point * in_panels * stride + first) * panel<T>;
-      T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
-      for (int64_t k = 0; k < depth; k += run) {
-        multiply_rows(a + k * stride, stride * panel<T>, u + (point * (depth + 1) + k) * panel<T>, std::min(run, depth - k), c,
-                      count, k > 0);
+void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run,
+                     int64_t chunk, T* product, const F& weight_of) {
+  constexpr int64_t together = 4;  // panels of the result that one read of the operand serves
+  int64_t depth = in_panels * panel<T>, threads = torch::stable::get_num_threads();
+  int64_t groups = std::max((out_panels + together - 1) / together, std::min(out_panels, threads));
+  int64_t width = (out_panels + groups - 1) / groups;
+  groups = (out_panels + width - 1) / width;
+  int64_t cuts = std::clamp<int64_t>((threads + groups - 1) / groups, 1, rows / 64 + 1), share = (rows + cuts - 1) / cuts;
+  chunk = std::min(chunk, depth);
+  parallel(groups * cuts, [&](int64_t task) {
+    int64_t o = task / cuts * width, last = std::min(o + width, out_panels), first = task % cuts * share;
+    int64_t count = std::min(share, rows - first), point_stride = (width * chunk + 1) * panel<T>;
+    T* u = scratch<T>(Scratch::weight, points * point_stride);
+    for (int64_t from = 0; from < depth; from += chunk) {
+      int64_t deep = std::min(chunk, depth - from);
+      weight_of(o, last, from, deep, u, point_stride);
+      for (int point = 0; point < points; point++) {
+        const T* a = operand + ((point * in_panels * stride) + from / panel<T> * stride + first) * panel<T>;
+        T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
+        for (int64_t k = 0; k < deep; k += run) {
+          multiply_rows(a + k * stride, stride * panel<T>, u + point * point_stride + k * panel<T>, deep * panel<T>,
+                        std::min(run, deep - k), c, stride * panel<T>, last - o, count, from + k > 0);
+        }
       }
     }
   });
@@ -66,7 +75,7 @@ struct Output {
 };
 
 template <class T, class Scheme>
-void to_small(const Sizes& s, const OperandView& large, const T* weight, const ResultView& result) {
+void to_small(const Sizes& s, const OperandView& large, const Filters<const T>& weight, const ResultView& result) {
   Scheme scheme(s);
   Source<T> source = source_of<T>(large);
   Output<T> output(result, s.N, s.H, s.W, s.K);
@@ -82,7 +91,8 @@ void to_small(const Sizes& s, const OperandView& large, const T* weight, const R
       read_image(source, first + i, s.LH, s.LW, s.C, scheme.large, image);
       scheme.large_to_operand(image, v + i * tiles * panel<T>, stride);
     });
-    multiply_points(Scheme::points, v, in, out, rows, stride, run, m, [&](int64_t o, T* u) { scheme.weight_to_small(weight, o, u); });
+    multiply_points(Scheme::points, v, in, out, rows, stride, run, Scheme::chunk_to_small, m,
+                    [&](auto... panels) { scheme.weight_to_small(weight, panels...); });
     parallel(count, [&](int64_t i) {
       T* image = scratch<T>(Scratch::image, scheme.small.size());
       scheme.operand_to_small(m + i * tiles * panel<T>, image, stride);
@@ -93,7 +103,7 @@ void to_small(const Sizes& s, const OperandView& large, const T* weight, const R
 }
 
 template <class T, class Scheme>
-void to_large(const Sizes& s, const OperandView& small, const T* weight, const ResultView& result) {
+void to_large(const Sizes& s, const OperandView& small, const Filters<const T>& weight, const ResultView& result) {
   Scheme scheme(s);
   Source<T> source = source_of<T>(small);
   Output<T> output(result, s.N, s.LH, s.LW, s.C);
@@ -110,7 +120,8 @@ void to_large(const Sizes& s, const OperandView& small, const T* weight, const R
       read_image(source, first + i, s.H, s.W, s.K, scheme.small, image);
       scheme.small_to_operand(image, y + i * tiles * panel<T>, stride);
     });
-    multiply_points(Scheme::points, y, in, out, rows, stride, run, m, [&](int64_t o, T* u) { scheme.weight_to_large(weight, o, u); });
+    multiply_points(Scheme::points, y, in, out, rows, stride, run, Scheme::chunk_to_large, m,
+                    [&](auto... panels) { scheme.weight_to_large(weight, panels...); });
     parallel(count, [&](int64_t i) {
       T* image = scratch<T>(Scratch::image, scheme.large.size());
       std::fill_n(image, scheme.large.size(), T(0));
@@ -122,7 +133,7 @@ void to_large(const Sizes& s, const OperandView& small, const T* weight, const R
 }
 
 template <class T, class Scheme>
-void to_weight(const Sizes& s, const OperandView& large, const OperandView& small, T* weight) {
+void to_weight(const Sizes& s, const OperandView& large, const OperandView& small, const Filters<T>& weight) {
   Scheme scheme(s);
   Source<T> large_source = source_of<T>(large), small_source = source_of<T>(small);
   int64_t groups = scheme.groups, outer = Scheme::phases * groups, inner = scheme.small_panels, tiles = scheme.tiles();
@@ -175,7 +186,7 @@ Sizes sizes_of(const Convolution& c) { return {c.N, c.C, c.LH, c.LW, c.K, c.H, c
 template <class T>
 void run(const Convolution& c) {
   Sizes s = sizes_of(c);
-  auto weight = static_cast<const T*>(c.weight);
+  Filters<const T> weight{static_cast<const T*>(c.weight), c.K, c.C, c.weight_channels_last};
   bool winograd = use_winograd(c);
   switch (c.direction) {
     case Direction::to_small:
@@ -183,7 +194,7 @@ void run(const Convolution& c) {
     case Direction::to_large:
       return winograd ? to_large<T, Winograd<T>>(s, c.small, weight, c.result) : to_large<T, Direct<T>>(s, c.small, weight, c.result);
     case Direction::to_weight: {
-      T* gradient = static_cast<T*>(c.result.out);
+      Filters<T> gradient{static_cast<T*>(c.result.out), c.K, c.C, c.weight_channels_last};
       return winograd ? to_weight<T, Winograd<T>>(s, c.large, c.small, gradient) : to_weight<T, Direct<T>>(s, c.large, c.small, gradient);
     }
   }

@@ -31,6 +31,8 @@ constexpr int64_t padded(int64_t columns) {
 template <class T, int R>
 FASTGAN_INLINE void micro_run(const T* a, int64_t a_row, int64_t a_k, int64_t a_jump, const T* b, int64_t depth, T* c,
                               bool accumulate) {
+  // The sums are needed at the end only; where they come from farther than the first-level cache, ask for them now.
+  for (int r = 0; r < R; r++) __builtin_prefetch(c + r * panel<T>, 1);
   Vec<T> sum[R][2] = {};
   for (int64_t outer = 0; outer < depth; outer += panel<T>, a += a_jump) {
     int64_t count = std::min<int64_t>(panel<T>, depth - outer);
@@ -53,14 +55,18 @@ FASTGAN_INLINE void micro_run(const T* a, int64_t a_row, int64_t a_k, int64_t a_
   }
 }
 
-// c panel [rows][panel] (+)= A b: A in panel layout with `rows` rows and panels `a_stride` apart, b one panel [depth][panel].
+// c (+)= A b for `columns` panels: A in panel layout with `rows` rows and panels `a_stride` apart, b [columns][depth][panel],
+// c with panels `c_stride` apart. A few rows of A serve all columns from the first-level cache.
 template <class T, int R = micro_rows>
-void multiply_rows(const T* a, int64_t a_stride, const T* b, int64_t depth, T* c, int64_t rows, bool accumulate) {
+void multiply_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride,
+                   int64_t columns, int64_t rows, bool accumulate) {
   if constexpr (R > 0) {
     for (; rows >= R; rows -= R, a += R * panel<T>, c += R * panel<T>) {
-      micro_run<T, R>(a, panel<T>, 1, a_stride, b, depth, c, accumulate);
+      for (int64_t j = 0; j < columns; j++) {
+        micro_run<T, R>(a, panel<T>, 1, a_stride, b + j * b_stride, depth, c + j * c_stride, accumulate);
+      }
     }
-    if (rows > 0) multiply_rows<T, R - 1>(a, a_stride, b, depth, c, rows, accumulate);
+    if (rows > 0) multiply_rows<T, R - 1>(a, a_stride, b, b_stride, depth, c, c_stride, columns, rows, accumulate);
   }
 }
 

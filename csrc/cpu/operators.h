@@ -12,7 +12,7 @@ namespace fastgan::cpu {
 // The instruction set whose kernels run here: "plain", "avx2", "avx512" or "avx512_bf16".
 std::string instruction_set();
 
-// A 4x4 stride-2 padding-1 convolution with weight [K, C, 4, 4] from its large side [N, C, 2H, 2W] to its small side
+// A 4x4 stride-2 padding-1 convolution with weight [K, C, 4, 4] (contiguous or channels-last) from its large side [N, C, 2H, 2W] to its small side
 // [N, K, H, W], or, to_large, its transpose; what is done to operand and result on the way stands in block.h. Returns
 // the result and its sums [2, channels] (or [0, channels]).
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> convolve(
@@ -21,12 +21,12 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> convolve(
     std::optional<torch::stable::Tensor> output_y, std::optional<torch::stable::Tensor> output_constants,
     double output_slope, int64_t scheme);
 
-// The gradient of that weight from both sides.
+// The gradient of that weight from both sides, channels-last if asked for.
 torch::stable::Tensor weight_gradient(torch::stable::Tensor large, std::optional<torch::stable::Tensor> large_second,
                                       std::optional<torch::stable::Tensor> large_constants, double large_slope,
                                       torch::stable::Tensor small, std::optional<torch::stable::Tensor> small_second,
                                       std::optional<torch::stable::Tensor> small_constants, double small_slope,
-                                      int64_t scheme);
+                                      bool channels_last, int64_t scheme);
 
 // bn_act's split operations; the contract stands in fastgan/backends.py.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> bn_stats(torch::stable::Tensor y);

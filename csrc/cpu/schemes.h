@@ -6,10 +6,11 @@
 // weight into the other operand. Depth on the large side is groups * phases panels, on the small side `small_panels`.
 //   operands     large V [points][groups][phases][stride][panel],  small Y [points][small_panels][stride][panel], where
 //                stride is the number of tiles made odd: panels a power of two apart would share one set of the cache
-//   weights      of one panel of the result: [points][depth of the operand + 1][panel], for the same reason
+//   weights      of some panels of the result and some of the depth: each point [panels][depth][panel]
 #pragma once
 #include "cpu/block.h"
 #include "cpu/gemm.h"
+#include "cpu/taps.h"
 #include "cpu/winograd.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
@@ -17,74 +18,6 @@ namespace fastgan::cpu::FASTGAN_ISA {
 struct Sizes {
   int64_t N, C, LH, LW, K, H, W;
 };
-
-constexpr int taps = 16;
-
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Eight rows of eight, transposed in registers: rows[i][j] becomes rows[j][i].
-FASTGAN_INLINE void transpose(Vec<float> (&rows)[8]) {
-  Vec<float> pairs[8], quads[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]), pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 2; j++) {
-      quads[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-      quads[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
-    }
-  }
-  for (int i = 0; i < 4; i++) {
-    rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
-    rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
-  }
-}
-#define FASTGAN_HAS_TRANSPOSE
-#endif
-
-// The taps of `n` filters, `stride` elements apart, one filter per lane; and back.
-template <class T>
-FASTGAN_INLINE void load_taps(const T* w, int64_t stride, int64_t n, Vec<T> (&tap)[taps]) {
-#ifdef FASTGAN_HAS_TRANSPOSE
-  if constexpr (sizeof(T) == 4) {
-    if (n == lanes<T>) {
-      Vec<T> rows[8];
-      for (int half = 0; half < taps; half += 8) {
-        for (int i = 0; i < 8; i++) rows[i] = load(w + i * stride + half);
-        transpose(rows);
-        for (int i = 0; i < 8; i++) tap[half + i] = rows[i];
-      }
-      return;
-    }
-  }
-#endif
-  T lane[taps][lanes<T>] = {};
-  for (int64_t i = 0; i < n; i++) {
-    for (int t = 0; t < taps; t++) lane[t][i] = w[i * stride + t];
-  }
-  for (int t = 0; t < taps; t++) tap[t] = load(lane[t]);
-}
-
-template <class T>
-FASTGAN_INLINE void store_taps(T* w, int64_t stride, int64_t n, const Vec<T> (&tap)[taps]) {
-#ifdef FASTGAN_HAS_TRANSPOSE
-  if constexpr (sizeof(T) == 4) {
-    if (n == lanes<T>) {
-      Vec<T> rows[8];
-      for (int half = 0; half < taps; half += 8) {
-        for (int i = 0; i < 8; i++) rows[i] = tap[half + i];
-        transpose(rows);
-        for (int i = 0; i < 8; i++) store(w + i * stride + half, rows[i]);
-      }
-      return;
-    }
-  }
-#endif
-  T lane[taps][lanes<T>];
-  for (int t = 0; t < taps; t++) store(lane[t], tap[t]);
-  for (int64_t i = 0; i < n; i++) {
-    for (int t = 0; t < taps; t++) w[i * stride + t] = lane[t][i];
-  }
-}
 
 template <class T>
 struct Winograd {
@@ -180,35 +113,42 @@ struct Winograd {
     });
   }
 
-  // The transformed weight for panel `kp` of the small side.
-  void weight_to_small(const T* weight, int64_t kp, T* out) const {
-    int64_t point = (phases * groups * panel<T> + 1) * panel<T>;
-    for (int64_t c = 0; c < groups * panel<T>; c++) {
-      for (int half = 0; half < panel<T>; half += lanes<T>) {
-        int64_t k = kp * panel<T> + half;
-        Vec<T> tap[taps];
-        load_taps(weight + (k * C + c) * taps, C * taps, std::clamp<int64_t>(c < C ? K - k : 0, 0, lanes<T>), tap);
-        FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
-          transform_taps(tap, phase, out + ((c / panel<T> * phases + phase) * panel<T> + c % panel<T>) * panel<T> + half, point);
+  // The transformed weight for panels first .. last of the small side, and of the operand's depth `count` from `from` on:
+  // each point [panel][count][panel], points `point` apart. A chunk of depth holds whole groups.
+  static constexpr int64_t chunk_to_small = 2 * phases * panel<T>, chunk_to_large = chunk_to_small;
+
+  void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out,
+                       int64_t point) const {
+    for (int64_t kp = first; kp < last; kp++, out += count * panel<T>) {
+      for (int64_t d = 0; d < count; d += phases * panel<T>) {
+        for (int64_t i = 0; i < panel<T> * panel<T>; i += lanes<T> * lanes<T>) {
+          int64_t half = i / lanes<T> % panel<T>, column = i / lanes<T> / panel<T> * lanes<T>;
+          FilterBlock<T> block;
+          load_block(weight, kp * panel<T> + half, (from + d) / phases + column, block);
+          for (int j = 0; j < lanes<T>; j++) {
+            FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
+              transform_taps(block[j], phase, out + (d + phase * panel<T> + column + j) * panel<T> + half, point);
+            }
+          }
         }
       }
     }
   }
 
-  // The same for panel `o` = (panel of C, phase) of the large side.
-  void weight_to_large(const T* weight, int64_t o, T* out) const {
-    int64_t depth = small_panels * panel<T>, cp = o / phases, phase = o % phases, point = (depth + 1) * panel<T>;
-    for (int64_t k = 0; k < depth; k++) {
-      for (int half = 0; half < panel<T>; half += lanes<T>) {
-        int64_t c = cp * panel<T> + half;
-        Vec<T> tap[taps];
-        load_taps(weight + (k * C + c) * taps, taps, std::clamp<int64_t>(k < K ? C - c : 0, 0, lanes<T>), tap);
-        T* to = out + k * panel<T> + half;
-        switch (phase) {  // a constant phase keeps the taps in registers
-          case 0: transform_taps(tap, 0, to, point); break;
-          case 1: transform_taps(tap, 1, to, point); break;
-          case 2: transform_taps(tap, 2, to, point); break;
-          default: transform_taps(tap, 3, to, point);
+  // The same for panels (panel of C, phase) of the large side.
+  void weight_to_large(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out,
+                       int64_t point) const {
+    for (int64_t o = first, end; o < last; out += (end - o) * count * panel<T>, o = end) {
+      int64_t cp = o / phases;
+      end = std::min((cp + 1) * phases, last);
+      for (int64_t k = 0; k < count; k++) {
+        for (int half = 0; half < panel<T>; half += lanes<T>) {
+          Vec<T> tap[taps];
+          load_taps(weight, from + k, cp * panel<T> + half, tap);
+          FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {  // a constant phase keeps the taps in registers
+            int64_t p = cp * phases + phase;
+            if (p >= o && p < end) transform_taps(tap, phase, out + ((p - o) * count + k) * panel<T> + half, point);
+          }
         }
       }
     }
@@ -224,24 +164,21 @@ struct Winograd {
   }
 
   // blocks [points][phases][panel of C][panel of K], for one group of C and one panel of K, to the weight's gradient.
-  void blocks_to_weight(const T* blocks, int64_t group, int64_t kp, T* weight) const {
-    for (int64_t c = group * panel<T>, row = 0; row < panel<T> && c < C; row++, c++) {
-      for (int half = 0; half < panel<T>; half += lanes<T>) {
-        int64_t k = kp * panel<T> + half;
-        if (k >= K) break;
-        Vec<T> tap[taps];
+  void blocks_to_weight(const T* blocks, int64_t group, int64_t kp, const Filters<T>& weight) const {
+    for (int64_t i = 0; i < panel<T> * panel<T>; i += lanes<T> * lanes<T>) {
+      int64_t half = i / lanes<T> % panel<T>, column = i / lanes<T> / panel<T> * lanes<T>;
+      FilterBlock<T> block;
+      for (int j = 0; j < lanes<T>; j++) {
         for (int phase = 0; phase < phases; phase++) {
           Vec<T> u[3][5], w[2][2];
-          for (int p = 0; p < points; p++) {
-            u[p / 5][p % 5] = load(blocks + ((p * phases + phase) * panel<T> + row) * panel<T> + half);
+          FASTGAN_UNROLL for (int p = 0; p < points; p++) {
+            u[p / 5][p % 5] = load(blocks + ((p * phases + phase) * panel<T> + column + j) * panel<T> + half);
           }
           points_to_weight<T>(u, w);
-          for (int i = 0; i < 2; i++) {
-            for (int j = 0; j < 2; j++) tap[(2 * i + phase / 2) * 4 + 2 * j + phase % 2] = w[i][j];
-          }
+          for (int q = 0; q < 4; q++) block[j][(2 * (q / 2) + phase / 2) * 4 + 2 * (q % 2) + phase % 2] = w[q / 2][q % 2];
         }
-        store_taps(weight + (k * C + c) * taps, C * taps, std::min<int64_t>(lanes<T>, K - k), tap);
       }
+      store_block(weight, kp * panel<T> + half, group * panel<T> + column, block);
     }
   }
 };
@@ -306,32 +243,34 @@ struct Direct {
     }
   }
 
-  void weight_to_small(const T* weight, int64_t kp, T* out) const {
-    std::fill(out + taps * C * panel<T>, out + groups * panel<T> * panel<T>, T(0));
-    for (int64_t c = 0; c < C; c++) {
-      for (int half = 0; half < panel<T>; half += lanes<T>) {
-        int64_t k = kp * panel<T> + half;
-        Vec<T> tap[taps];
-        load_taps(weight + (k * C + c) * taps, C * taps, std::clamp<int64_t>(K - k, 0, lanes<T>), tap);
-        for (int t = 0; t < taps; t++) store(out + (t * C + c) * panel<T> + half, tap[t]);
+  // A chunk is the whole depth.
+  static constexpr int64_t chunk_to_small = INT64_MAX, chunk_to_large = chunk_to_small;
+
+  void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t, int64_t count, T* out, int64_t) const {
+    std::fill_n(out, (last - first) * count * panel<T>, T(0));
+    for (int64_t kp = first; kp < last; kp++, out += count * panel<T>) {
+      for (int64_t i = 0; i < panel<T> && kp * panel<T> + i < K; i++) {
+        for (int64_t d = 0; d < taps * C; d++) out[d * panel<T> + i] = *weight.at(kp * panel<T> + i, d % C, d / C);
       }
     }
   }
 
-  void weight_to_large(const T* weight, int64_t group, T* out) const {
-    int64_t first = group * panel<T>, count = std::min<int64_t>(panel<T>, taps * C - first);
-    std::fill_n(out, small_panels * panel<T> * panel<T>, T(0));
-    for (int64_t d = 0; d < count; d++) {
-      const T* filter = weight + (first + d) % C * taps + (first + d) / C;
-      for (int64_t k = 0; k < K; k++) out[k * panel<T> + d] = filter[k * C * taps];
+  void weight_to_large(const Filters<const T>& weight, int64_t first, int64_t last, int64_t, int64_t count, T* out, int64_t) const {
+    std::fill_n(out, (last - first) * count * panel<T>, T(0));
+    for (int64_t group = first; group < last; group++, out += count * panel<T>) {
+      for (int64_t i = 0; i < panel<T>; i++) {
+        int64_t d = group * panel<T> + i;
+        if (d >= taps * C) break;
+        for (int64_t k = 0; k < K; k++) out[k * panel<T> + i] = *weight.at(k, d % C, d / C);
+      }
     }
   }
 
-  void blocks_to_weight(const T* blocks, int64_t group, int64_t kp, T* weight) const {
+  void blocks_to_weight(const T* blocks, int64_t group, int64_t kp, const Filters<T>& weight) const {
     for (int64_t row = 0; row < panel<T>; row++) {
       int64_t tap = (group * panel<T> + row) / C, c = (group * panel<T> + row) % C;
       for (int64_t k = kp * panel<T>, i = 0; tap < taps && k < K && i < panel<T>; k++, i++) {
-        weight[(k * C + c) * taps + tap] = blocks[row * panel<T> + i];
+        *weight.at(k, c, tap) = blocks[row * panel<T> + i];
       }
     }
   }

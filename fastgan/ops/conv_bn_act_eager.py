@@ -191,11 +191,8 @@ _VERIFY_ELEMENTS = 1 << 22
 
 def _few(name: str, args: tuple) -> tuple:
     """The first images only: a comparison in fp64 stays within milliseconds."""
-    if name == "convolve":
-        activations = (0, 1, 10)
-    elif name == "weight_gradient":
-        activations = (0, 1, 4, 5)
-    else:
+    activations = {"convolve": (0, 1, 10), "weight_gradient": (0, 1, 4, 5)}.get(name, ())
+    if not activations:
         return args
     image = max(args[i][0].numel() for i in activations if args[i] is not None)
     keep = max(1, _VERIFY_ELEMENTS // max(1, image))
