@@ -13,6 +13,13 @@ namespace fastgan::cpu::FASTGAN_ISA {
 enum ActivationRow { row_mean, row_scale, row_shift, activation_rows };  // more rows may follow
 enum GradientRow { row_a, row_b, row_c, row_gradient_mean, gradient_rows };
 
+// A batch may hold several one after the other, each with a set of constants, and of sums, of its own.
+constexpr int64_t set_rows = 4;  // of a set of constants, of either kind
+template <class T>
+const T* constants_of(const T* constants, int64_t image, int64_t images_per_set, int64_t C) {
+  return constants ? constants + image / images_per_set * set_rows * C : nullptr;
+}
+
 template <class T>
 FASTGAN_INLINE Vec<T> normalised(Vec<T> y, Vec<T> mean, Vec<T> scale, Vec<T> shift) {
   return fma(y - mean, scale, shift);
@@ -38,6 +45,7 @@ struct Source {
   const T* b = nullptr;
   const T* constants = nullptr;
   T slope = 1;
+  int64_t images_per_set = 1;
 };
 
 // What becomes of a convolution's result x:
@@ -53,6 +61,7 @@ struct Sink {
   const T* y = nullptr;
   const T* constants = nullptr;
   T slope = 1;
+  int64_t images_per_set = 1;
   T* partial = nullptr;  // [image * blocks_per_image][2][C]
 };
 
@@ -93,7 +102,8 @@ struct Frame {
 };
 
 template <class T>
-void read_image(const Source<T>& s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, T* copy) {
+void read_image(Source<T> s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, T* copy) {
+  s.constants = constants_of(s.constants, image, s.images_per_set, C);
   int64_t below = frame.rows - frame.border - H, right = frame.columns - frame.border - W;
   std::fill_n(copy, frame.border * frame.columns * frame.channels, T(0));
   std::fill_n(copy + frame.size() - below * frame.columns * frame.channels, below * frame.columns * frame.channels, T(0));
@@ -172,7 +182,8 @@ void finish_block(const Sink<T>& s, const T* in, int64_t in_pixel, int64_t in_ro
 }
 
 template <class T>
-void write_image(const Sink<T>& s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, const T* copy) {
+void write_image(Sink<T> s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, const T* copy) {
+  s.constants = constants_of(s.constants, image, s.images_per_set, C);
   int64_t step = block_rows(W);
   for (int64_t y = 0, block = image * blocks_per_image(H, W); y < H; y += step, block++) {
     int64_t rows = std::min(step, H - y), at = (image * H + y) * W * C;

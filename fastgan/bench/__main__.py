@@ -35,6 +35,8 @@ class BenchConfig:
     """only cases whose name contains this, such as "DCGAN-64" or "batch 32, bf16" """
     memory: bool = True
     """measure the peak memory of each competitor too, in processes of their own"""
+    options: bool = False
+    """measure fastgan's options too: joint batches, and the discriminator's first convolution recomputed"""
     json: Path | None = None
     """write the data, with machine, versions and commit, here"""
     plot: Path | None = None
@@ -68,7 +70,9 @@ def bench(config: BenchConfig) -> list[str]:
     cases = results.select(config.case, config.quick)
     old = None if config.compare is None else results.read(config.compare)
     best = peaks(device)
-    competitors = {n: p for n, p in providers(device).items() if not (config.quick and n == "compiled")}
+    competitors = providers(device, config.options)
+    if config.quick:
+        del competitors["compiled"]
     print("competitors: " + "; ".join(f"{name}: {provider.what}" for name, provider in competitors.items()))
     rows = []
     for case in cases:
@@ -90,7 +94,7 @@ def lines(row: results.Row, peaks: dict[str, float]) -> list[str]:
     """What is printed of one case."""
     found = [row["case"]]
     for name in row["seconds"]:
-        text = f"  {name:<10}{results.images_per_second(row, name):8.0f} images/s"
+        text = f"  {name:<20}{results.images_per_second(row, name):8.0f} images/s"
         text += f"{1e3 * results.step_seconds(row, name):9.1f} ms a step"
         if (peak := row.get("peak_bytes", {}).get(name)) is not None:
             text += f"{peak / 2**20:8.0f} MiB"

@@ -17,6 +17,7 @@ from fastgan.nn.blocks import Block
 from fastgan.nn.unit import Operand, Step, channels_last, convolution_arguments, running_statistics, values
 
 BACKEND = "cpu"
+_ROWS = 4  # of a set of constants; a tensor of them holds one set for all images or one for each batch among them
 
 
 @cache
@@ -41,25 +42,28 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
     by_batch = step.norm is not None and step.norm.by_batch
     if _halves(step) and _own(step.transposed, operand.value, weight):
         size = [2 * n if step.transposed else n // 2 for n in operand.value.shape[2:]]
-        y, sums = _own_convolution(operand, weight, step.transposed, size, statistics=by_batch)
+        y, sums = _own_convolution(operand, weight, step.transposed, size, statistics=step.batches if by_batch else 0)
         return y, sums if by_batch else None
     y = _library_convolution(step, applied(operand), weight, bias)
     if not by_batch:
         return y, None
     count("cpu", "bn_stats")
-    return y, torch.stack(torch.ops.fastgan_cpu.bn_stats(y))
+    return y, torch.cat([torch.stack(torch.ops.fastgan_cpu.bn_stats(batch)) for batch in y.chunk(step.batches)])
 
 
 def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
     norm = step.norm
     if norm is None:
         return None if step.slope == 1.0 else _identity(y.shape[1], y.dtype)
-    count = y.numel() // y.shape[1]
     if not norm.by_batch:
+        count = y.numel() // y.shape[1]
         frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(y.dtype)
         return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, 0.0)
-    running = running_statistics(norm, y)
-    return torch.ops.fastgan_cpu.block_constants(sums, count, gamma, beta, norm.eps, *running, norm.momentum)
+    assert sums is not None
+    running = running_statistics(norm, y[: len(y) // step.batches])
+    same = (values(step, y), gamma, beta, norm.eps, *running)
+    pairs = zip(sums.split(2), norm.momenta, strict=True)
+    return torch.cat([torch.ops.fastgan_cpu.block_constants(own, *same, momentum) for own, momentum in pairs])
 
 
 @cache
@@ -71,7 +75,7 @@ def applied(operand: Operand) -> Tensor:
     if operand.constants is None:
         return operand.value
     count("cpu", "block_apply")
-    return torch.ops.fastgan_cpu.block_apply(operand.value, operand.constants, operand.slope)
+    return _by_sets(torch.ops.fastgan_cpu.block_apply, operand.value, operand.constants, operand.slope)
 
 
 def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand, Tensor | None]:
@@ -81,9 +85,9 @@ def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand
     count("cpu", "block_backward")
     if step.norm is None:
         return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, None, step.slope)), None
-    sums = torch.ops.fastgan_cpu.block_reduce(dz, y, constants, step.slope)
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, values(step, y))
-    return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, by, step.slope)), affine
+    sums = _by_sets(torch.ops.fastgan_cpu.block_reduce, dz, y, constants, step.slope)
+    by, affine = _gradient_constants(step, sums, constants, y)
+    return Operand(_by_sets(torch.ops.fastgan_cpu.block_backward, dz, y, constants, by, step.slope)), affine
 
 
 def block_gradient(
@@ -94,8 +98,25 @@ def block_gradient(
     g, sums = _own_convolution(gradient, weight, not step.transposed, operand.value.shape[2:], output=operand)
     if before.norm is None:
         return Operand(g), None
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, operand.constants, values(before, operand.value))
+    by, affine = _gradient_constants(before, sums, operand.constants, operand.value)
     return Operand(g, operand.value, by), affine
+
+
+def _gradient_constants(step: Step, sums: Tensor, constants: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """[A, B, C, mu] of each set, and the (weight, bias) gradient of the BatchNorm, which all sets share."""
+    pairs = zip(sums.split(2), constants.split(_ROWS), strict=True)
+    each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, values(step, y)) for pair in pairs]
+    by, affine = zip(*each, strict=True)
+    return torch.cat(by), sum(affine[1:], affine[0])
+
+
+def _by_sets(run: Any, *arguments: Any) -> Tensor:
+    """`run(*arguments)`, on each part of the batch that has a set of constants of its own."""
+    sets = max(len(a) // _ROWS for a in arguments if isinstance(a, Tensor) and a.dim() == 2)
+    if sets == 1:
+        return run(*arguments)
+    parts = [a.chunk(sets) if isinstance(a, Tensor) else (a,) * sets for a in arguments]
+    return torch.cat([run(*part) for part in zip(*parts, strict=True)])
 
 
 def input_gradient(step: Step, operand: Operand, gradient: Operand, weight: Tensor) -> Tensor:
@@ -133,7 +154,7 @@ def _own(to_large: bool, value: Tensor, weight: Tensor) -> bool:
 
 
 def _own_convolution(
-    operand: Operand, weight: Tensor, to_large: bool, size, statistics: bool = False, output: Operand | None = None
+    operand: Operand, weight: Tensor, to_large: bool, size, statistics: int = 0, output: Operand | None = None
 ) -> tuple[Tensor, Tensor]:
     count("cpu", "convolve")
     y, constants, slope = (None, None, 1.0) if output is None else (output.value, output.constants, output.slope)
@@ -166,7 +187,7 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
     dy = gradient.value
     if gradient.constants is not None:
         count("cpu", "block_backward")
-        dy = torch.ops.fastgan_cpu.block_backward(dy, gradient.second, None, gradient.constants, 1.0)
+        dy = _by_sets(torch.ops.fastgan_cpu.block_backward, dy, gradient.second, None, gradient.constants, 1.0)
     if not mask[2] and _is_product(step, input, weight):
         rows, flat = input.flatten(1), dy.flatten(1)
         matrix = weight.flatten(1)

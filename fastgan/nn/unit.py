@@ -23,7 +23,7 @@ class Norm(NamedTuple):
 
     by_batch: bool
     eps: float
-    momentum: float
+    momenta: tuple[float, ...]  # of each batch that the input holds: without a momentum they fall from one to the next
     running_mean: Any
     running_var: Any
 
@@ -42,6 +42,7 @@ class Step(NamedTuple):
     bias: bool
     norm: Norm | None
     slope: float
+    batches: int  # that the input holds one after the other, each with statistics of its own
 
 
 class Operand(NamedTuple):
@@ -101,8 +102,10 @@ class _Run(NamedTuple):
     recompute_first: bool  # the first y is not kept, but computed again for the backward pass
 
 
-def run_blocks(kernels: Any, blocks: list[Block], input: Tensor, recompute_first: bool = False) -> Tensor:
-    """The blocks one after the other, as `nn.Sequential` would run them."""
+def run_blocks(
+    kernels: Any, blocks: list[Block], input: Tensor, *, recompute_first: bool = False, batches: int = 1
+) -> Tensor:
+    """The blocks one after the other, as `nn.Sequential` would run them on each of the `batches` in `input`."""
     parameters: list[Tensor | None] = []
     for block in blocks:
         parameters += [block.conv.weight, block.conv.bias]
@@ -110,7 +113,7 @@ def run_blocks(kernels: Any, blocks: list[Block], input: Tensor, recompute_first
     device = input.device.type
     lower = autocasts(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lower else input.dtype
-    run = _Run(kernels, [_step(block) for block in blocks], dtype, recompute_first)
+    run = _Run(kernels, [_step(block, batches) for block in blocks], dtype, recompute_first)
     return _Blocks.apply(run, input, *parameters)
 
 
@@ -120,8 +123,8 @@ def autocasts(device: str) -> bool:
 
 
 def values(step: Step, y: Tensor) -> int:
-    """Values per channel that the statistics depend on; 0 where they are frozen."""
-    return y.numel() // y.shape[1] if step.norm is not None and step.norm.by_batch else 0
+    """Values per channel that a batch's statistics depend on; 0 where they are frozen."""
+    return y.numel() // y.shape[1] // step.batches if step.norm is not None and step.norm.by_batch else 0
 
 
 def running_statistics(norm: Norm, y: Tensor) -> tuple[Any, Any]:
@@ -139,19 +142,21 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _step(block: Block) -> Step:
+def _step(block: Block, batches: int) -> Step:
     conv = block.conv
     return Step(
         block.name, isinstance(conv, nn.ConvTranspose2d), conv.kernel_size, conv.stride, conv.padding,
-        conv.output_padding, conv.dilation, conv.groups, conv.bias is not None, _norm(block.norm), block.slope,
+        conv.output_padding, conv.dilation, conv.groups, conv.bias is not None, _norm(block.norm, batches),
+        block.slope, batches,
     )  # fmt: skip
 
 
-def _norm(norm: nn.BatchNorm2d | None) -> Norm | None:
+def _norm(norm: nn.BatchNorm2d | None, batches: int) -> Norm | None:
     if norm is None:
         return None
-    by = batch_norm_arguments(norm)
-    return Norm(by["training"], by["eps"], by["momentum"], by["running_mean"], by["running_var"])
+    each = [batch_norm_arguments(norm) for _ in range(batches)]
+    by, momenta = each[0], tuple(by["momentum"] for by in each)
+    return Norm(by["training"], by["eps"], momenta, by["running_mean"], by["running_var"])
 
 
 class _Blocks(torch.autograd.Function):
@@ -260,7 +265,10 @@ def _definition(run: _Run, z: Tensor, parameters) -> Tensor:
         if step.norm is not None:
             norm = step.norm
             mean, var = (None, None) if norm.by_batch else (norm.running_mean, norm.running_var)
-            z = F.batch_norm(z, mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps)
+            each = [
+                F.batch_norm(x, mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps) for x in z.chunk(step.batches)
+            ]
+            z = torch.cat(each)
         if step.slope != 1.0:
             z = F.leaky_relu(z, step.slope) if step.slope else F.relu(z)
     return z
