@@ -75,9 +75,8 @@ _DTYPES = {
 }
 _PREFERRED_ON_CUDA = ("triton",)
 _OPTIONAL = frozenset({"update_running_stats"})
-_IN_PLACE = frozenset(
-    {"update_running_stats", "adam_ema", "block_constants"}
-)  # a comparison would run them twice: never compared
+# Arguments that a kernel changes, by position: it is compared on copies of them.
+_IN_PLACE = {"update_running_stats": (0, 1), "block_constants": (4, 5)}
 
 Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
@@ -241,7 +240,7 @@ _recorder: Callable[[str, Tensor, Decision], None] | None = None
 def choose(operation: str, tensor: Tensor, backend: str | None = None) -> Decision:
     """The backend for `operation` (a stem) on `tensor`, remembered; `backend` forces one and raises BackendError if it
     cannot run."""
-    key = (operation, backend, tensor.device.type, tensor.dtype, tensor.shape, tensor.stride())
+    key = (operation, backend, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
     decision = _decisions.get(key)
     if decision is None:
         if len(_decisions) > 4096:
@@ -318,7 +317,6 @@ def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int
 
 _counts: Counter[tuple[str, str]] = Counter()
 _verdicts: dict[tuple, str | None] = {}
-_VERIFIED_ON_FIRST_USE = {"cuda"}
 _VERIFY_ELEMENTS = 1 << 24
 
 
@@ -337,27 +335,39 @@ def count(backend: str, name: str) -> None:
     _counts[backend, name] += 1
 
 
-def run(backend: str, name: str, *args: Any, forced: bool = False) -> Any:
-    """Run the split operation `name` by `backend`, after comparing the kernel with the definition at its first use.
-
-    A kernel that missed gives way to eager, or where the backend was `forced` raises BackendError.
-    """
-    first = args[0] if isinstance(args[0], Tensor) else args[1]
-    real = type(first) in (Tensor, torch.nn.Parameter)  # a fake tensor has no values to compare
-    if backend != "eager" and name not in _IN_PLACE and real and first.device.type in _VERIFIED_ON_FIRST_USE:
-        key = (backend, name, first.dtype, layout(first), first.device)
-        verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
-        if verdict is not None:
-            if forced:
-                raise BackendError(f"kernel {name} of backend '{backend}' is disabled here: {verdict}")
-            backend = "eager"
-    count(backend, name)
+def run(backend: str, name: str, *args: Any) -> Any:
+    """Run the split operation `name` by `backend`."""
+    _counts[backend, name] += 1
     return kernel(backend, name)(*args)
+
+
+_run_by = {backend: partial(run, backend) for backend in BACKENDS}
 
 
 def runner(operation: str, tensor: Tensor, backend: str | None) -> Callable[..., Any]:
     """`run` with the backend chosen for `operation` on `tensor`: call it with a split operation's name and args."""
-    return partial(run, choose(operation, tensor, backend).backend, forced=backend is not None)
+    return runner_of(choose(operation, tensor, backend).backend, tensor, forced=backend is not None)
+
+
+def runner_of(backend: str, tensor: Tensor, forced: bool) -> Callable[..., Any]:
+    """`run` by `backend`, on CUDA comparing each kernel with the definition at its first use with the device, dtype and
+    layout of `tensor`."""
+    if backend == "eager" or not _is_compared(tensor):
+        return _run_by[backend]
+    return partial(_run_compared, backend, forced, tensor)
+
+
+def _is_compared(tensor: Tensor) -> bool:
+    return tensor.is_cuda and type(tensor) in (Tensor, torch.nn.Parameter)  # a fake tensor has no values to compare
+
+
+def _run_compared(backend: str, forced: bool, tensor: Tensor, name: str, *args: Any) -> Any:
+    """A kernel that missed gives way to eager, or where the backend was `forced` raises BackendError."""
+    key = (backend, name, tensor.dtype, layout(tensor), tensor.device)
+    verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
+    if verdict is not None and forced:
+        raise BackendError(f"kernel {name} of backend '{backend}' is disabled here: {verdict}")
+    return run(backend if verdict is None else "eager", name, *args)
 
 
 def _verify(key: tuple, args: tuple) -> str | None:
@@ -368,12 +378,12 @@ def _verify(key: tuple, args: tuple) -> str | None:
         return "not compared yet: a comparison needs the host, and a CUDA graph is being captured"
     stem = _stem_of[name]
     few = _settle[stem](name, _fewer[stem](name, args))
-    eager, same = kernel("eager", name), partial(_comparable[stem], name)
     try:
-        got = same(kernel(backend, name)(*few))
+        got = _outcome(kernel(backend, name), name, few)
         # Four times the tests' factor: the sums of a few channels may be unlucky, and a wrong kernel is far off.
-        truth = same(eager(*[_to_fp64(a) for a in few]))
-        reason = misses(got, same(eager(*few)), truth, factor=8, floor=_noise[stem](name, few))
+        truth = _outcome(kernel("eager", name), name, tuple(_to_fp64(a) for a in few))
+        own = _outcome(kernel("eager", name), name, few)
+        reason = misses(got, own, truth, factor=8, floor=_noise[stem](name, few))
     except Exception as error:  # whatever a kernel raises, training goes on by the definition
         reason = f"{type(error).__name__}: {error}"
     _verdicts[key] = reason
@@ -385,6 +395,15 @@ def _verify(key: tuple, args: tuple) -> str | None:
             stacklevel=2,
         )
     return reason
+
+
+def _outcome(function: Kernel, name: str, args: tuple) -> list[Tensor]:
+    """What `function` returns as far as it is determined, and what it makes of copies of the arguments it changes."""
+    changed = [i for i in _IN_PLACE.get(name, ()) if args[i] is not None]
+    args = tuple(a.clone() if i in changed else a for i, a in enumerate(args))
+    result = _comparable[_stem_of[name]](name, function(*args))
+    returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    return [*returned, *(args[i] for i in changed)]
 
 
 def _to_fp64(arg: Any) -> Any:

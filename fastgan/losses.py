@@ -125,11 +125,13 @@ def wgan_gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     return (norm - 1.0).square().mean()
 
 
-def interpolate(real: Tensor, fake: Tensor) -> Tensor:
-    """A random point between each pair of images [N, ...]; detached, requires grad."""
+def interpolate(real: Tensor, fake: Tensor, share: Tensor | None = None) -> Tensor:
+    """A point between each pair of images [N, ...], the `share` [N] of the way (by default random); detached, requires
+    grad."""
     _same_shape("interpolate", real, fake)
-    share = torch.rand(len(real), *[1] * (real.dim() - 1), dtype=real.dtype, device=real.device)
-    return torch.lerp(real.detach(), fake.detach(), share).requires_grad_()
+    if share is None:
+        share = torch.rand(len(real), dtype=real.dtype, device=real.device)
+    return torch.lerp(real.detach(), fake.detach(), share.view(-1, *[1] * (real.dim() - 1))).requires_grad_()
 
 
 def _image_gradient(logits: Tensor, images: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgan import losses
@@ -56,6 +57,10 @@ class GanStep:
         scaler: for autocast with float16.
         latents: draws the latents, `latents(n)` -> [n, latent_dim]; by default normal(0, 1) from the global
             generator of the parameters' device.
+        process_group: processes that train together, each with its part of the batch, all parts of one size, and the
+            same weights and random states. Gradients are averaged over them after each backward pass, and each takes
+            its part of what is drawn for all. The networks are not to be wrapped in DistributedDataParallel.
+            BatchNorm sees one process's images unless it is `nn.SyncBatchNorm`.
 
     Raises:
         FastganError: unknown loss, a value out of range, `real_target` with a loss that has no targets.
@@ -63,8 +68,8 @@ class GanStep:
     `step(real)`: `real` is [N, C, H, W] in [-1, 1] on the networks' device. It returns metrics as tensors [] on that
     device and does not wait for the device itself (torch's GradScaler may): `loss_d`, `loss_g` (where the generator
     learnt), `d_real` = mean D(x) and `d_fake` = mean D(G(z)) before the updates, and the penalties that were computed
-    (`r1`, `r2`, `wgan_gp`, without their weights). Gradients that were there before are dropped. `step.steps` and
-    `step.images` count; set both when training goes on from a checkpoint.
+    (`r1`, `r2`, `wgan_gp`, without their weights), each of this process's images. Gradients that were there before are
+    dropped. `step.steps` and `step.images` (of all processes) count; set both when training goes on from a checkpoint.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class GanStep:
         autocast: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
         latents: Callable[[int], Tensor] | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.loss = losses.get_loss(loss)
         if real_target != 1.0 and not self.loss.smoothable:
@@ -110,8 +116,10 @@ class GanStep:
                 f"GanStep: generator and discriminator share {len(shared)} parameters, which freezing one would freeze "
                 "in both; give each its own"
             )
+        self.process_group = process_group
+        self._rank, self._count = (0, 1) if process_group is None else (process_group.rank(), process_group.size())
         if latents is None:
-            latents = _normal_latents(generator, latent_dim)
+            latents = self._own_part(_normal_latents(generator, latent_dim))
         self.generator, self.discriminator = generator, discriminator
         self.opt_g, self.opt_d = opt_g, opt_d
         self.real_target = real_target
@@ -131,18 +139,18 @@ class GanStep:
         with self.precision(real.device), torch.set_grad_enabled(updates_generator):
             fake = self.generator(self.latents(len(real)))
         metrics = self._update_discriminator(real, fake.detach())
-        learnt = len(real) * self.generator_interval  # images, since the generator's last update
-        averages = self.ema is not None and isinstance(self.opt_g, Adam)
+        learnt = len(real) * self._count * self.generator_interval  # images, since the generator's last update
+        in_one_pass = isinstance(self.opt_g, Adam)
         if updates_generator:
-            if averages:
+            if self.ema is not None and isinstance(self.opt_g, Adam):
                 self.opt_g.follow(self.ema.averages(self.generator), self.ema.decay(learnt, self.images))
             metrics |= self._update_generator(real, fake)
         if self.scaler is not None:
             self.scaler.update()
         if updates_generator and self.ema is not None:
-            self.ema.update(self.generator, learnt, self.images, parameters=not averages)
+            self.ema.update(self.generator, learnt, self.images, parameters=not in_one_pass)
         self.steps += 1
-        self.images += len(real)
+        self.images += len(real) * self._count
         return metrics
 
     def _update_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
@@ -175,7 +183,8 @@ class GanStep:
                     metrics[name] = penalty.detach()
                     loss = loss + (0.5 * gamma * self.penalty_interval) * penalty
         if self.wgan_gp:
-            between = losses.interpolate(real.to(dtype), fake.to(dtype))
+            share = self._own_part(lambda n: torch.rand(n, dtype=dtype, device=real.device))(len(real))
+            between = losses.interpolate(real.to(dtype), fake.to(dtype), share)
             with _full_precision(real.device):
                 penalty = losses.wgan_gradient_penalty(self._logits(between), between)
             metrics["wgan_gp"] = penalty.detach()
@@ -200,16 +209,22 @@ class GanStep:
     def _logits(self, images: Tensor) -> Tensor:
         return _widened(self.discriminator(images))
 
+    def _own_part(self, draw: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        """Of numbers drawn for the images of all processes those of this one's: together they see one stream."""
+        return lambda n: draw(n * self._count)[n * self._rank :][:n]
+
     def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler.scale(loss).backward()
         else:
             loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if self.process_group is not None:
+            _average_gradients(parameters, self.process_group)
         if self.clip_grad is not None:
             if self.scaler is not None:
                 self.scaler.unscale_(optimizer)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.clip_grad)
         if self.scaler is not None:
             self.scaler.step(optimizer)
@@ -231,6 +246,18 @@ def _check_joint(discriminator: nn.Module) -> None:
                 f"GanStep: joint=True needs every BatchNorm of the discriminator in a ConvStack, {name} is in none; "
                 "call fastgan.fuse(discriminator), or leave joint off"
             )
+
+
+def _average_gradients(parameters: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace each gradient by its mean over the processes, all in one exchange."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=group)
+    flat /= group.size()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view(gradient.shape))
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:

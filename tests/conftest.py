@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import triton_device  # noqa: F401  Triton's kernels see at import whether they are interpreted
+from pair import pair  # noqa: F401  two processes in one group
 from planted import planted_kernels  # noqa: F401  a fixture of the kernels' tests
 
 from fastgan.train import preset

@@ -130,7 +130,7 @@ def test_backward_takes_the_forward_s_backend_after_the_block():
 @pytest.fixture
 def verified(monkeypatch):
     """What happens on CUDA, on this device: the first use of each kernel is compared with the definition."""
-    monkeypatch.setattr(backends, "_VERIFIED_ON_FIRST_USE", {DEVICE})
+    monkeypatch.setattr(backends, "_is_compared", lambda tensor: True)
     if DEVICE == "cpu":
         measured(monkeypatch)
 

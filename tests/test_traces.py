@@ -32,7 +32,7 @@ def launches(monkeypatch):
 
     for module in (bn_act_kernels, gan_bce_kernels):
         monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(backends, "_VERIFIED_ON_FIRST_USE", set())
+    monkeypatch.setattr(backends, "_is_compared", lambda tensor: False)
     with FakeTensorMode(), torch.device("cuda"):
         yield seen
 

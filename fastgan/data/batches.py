@@ -35,6 +35,7 @@ class Batches(Iterator[Tensor]):
     seed: >= 0; image choice, flips and crops are pure functions of (seed, position).
     flip: mirror each image left to right with probability 1/2.
     crop_size: side of a random cut in pixels; None means prepared.image_size.
+    part: (rank, count): this process's images of each batch, where `count` processes share it equally.
     device, dtype: of the batches. Values are computed in float32. To CUDA, bytes travel from pinned memory
     without blocking and become numbers there.
 
@@ -50,6 +51,7 @@ class Batches(Iterator[Tensor]):
         seed: int = 0,
         flip: bool = False,
         crop_size: int | None = None,
+        part: tuple[int, int] = (0, 1),
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -62,6 +64,9 @@ class Batches(Iterator[Tensor]):
             )
         if not 1 <= crop_size <= side:
             raise DataError(f"crop_size: expected 1 to {side}, the side of the prepared images, got {crop_size}")
+        rank, count = part
+        if not 0 <= rank < count or batch_size % count:
+            raise DataError(f"part: expected a rank below a count that divides the batch of {batch_size}, got {part}")
         if seed < 0:
             raise DataError(f"seed: expected a whole number >= 0, got {seed}")
         self.position = 0
@@ -74,6 +79,7 @@ class Batches(Iterator[Tensor]):
         self._images = np.asarray(prepared.images)
         self._flip = flip
         self._crop_size = crop_size
+        self._part = slice(rank * batch_size // count, (rank + 1) * batch_size // count)
         self._device = torch.device(device)
         self._dtype = dtype
         self._order: tuple[int, int, np.ndarray] | None = None
@@ -152,9 +158,10 @@ class Batches(Iterator[Tensor]):
         epoch, batch = divmod(position, self.batches_per_epoch)
         if self._order is None or self._order[:2] != (seed, epoch):
             self._order = seed, epoch, epoch_order(seed, epoch, len(self._images))
-        chosen = self._order[2][batch * self.batch_size :][: self.batch_size]
+        chosen = self._order[2][batch * self.batch_size :][: self.batch_size][self._part]
         bits = np.random.PCG64(np.random.SeedSequence([seed, _AUGMENT, position])).random_raw((3, self.batch_size))
-        shape = (self.batch_size, self._crop_size, self._crop_size, self._images.shape[3])
+        bits = bits[:, self._part]
+        shape = (len(chosen), self._crop_size, self._crop_size, self._images.shape[3])
         staged = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         pixels = staged.numpy()
         room = self._images.shape[1] - self._crop_size

@@ -2,11 +2,12 @@
 
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastgan import backends
-from fastgan.ops import conv_bn_act, conv_transpose_bn_act
+from fastgan.ops import bn_act, conv_bn_act, conv_transpose_bn_act
 
 
 class Block(NamedTuple):
@@ -16,15 +17,16 @@ class Block(NamedTuple):
     name: str
     length: int
     conv: nn.Conv2d | nn.ConvTranspose2d
-    norm: nn.BatchNorm2d | None
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm | None
     slope: float
 
 
 def parts(sequence: nn.Sequential) -> list[tuple[str, list[Block] | nn.Module]]:
     """The sequence cut into runs of blocks that can be fused and modules that run as they are, by their first names.
 
-    A block is an `nn.Conv2d` or `nn.ConvTranspose2d` (zero padding), then perhaps an `nn.BatchNorm2d`, then perhaps an
-    `nn.LeakyReLU` or `nn.ReLU`. A module with hooks, parametrisations or a type of its own is in none.
+    A block is an `nn.Conv2d` or `nn.ConvTranspose2d` (zero padding), then perhaps an `nn.BatchNorm2d` or
+    `nn.SyncBatchNorm`, then perhaps an `nn.LeakyReLU` or `nn.ReLU`. A module with hooks, parametrisations or a type of
+    its own is in none.
     """
     result: list[tuple[str, list[Block] | nn.Module]] = []
     rest = list(sequence._modules.items())
@@ -51,13 +53,13 @@ def _block(name: str, modules: list[nn.Module]) -> Block | None:
         return None
     conv: Any = modules[0]
     if (
-        not _is_plain(conv, nn.Conv2d, nn.ConvTranspose2d)
+        not is_plain(conv, nn.Conv2d, nn.ConvTranspose2d)
         or isinstance(conv.padding, str)
         or conv.padding_mode != "zeros"
     ):
         return None
     after: list[Any] = modules[1:]
-    norm: Any = after.pop(0) if after and _is_plain(after[0], nn.BatchNorm2d) else None
+    norm: Any = after.pop(0) if after and is_plain(after[0], nn.BatchNorm2d, nn.SyncBatchNorm) else None
     slope, length = 1.0, 1 + (norm is not None)
     if _is_activation(after):
         slope, length = 0.0 if isinstance(after[0], nn.ReLU) else after[0].negative_slope, length + 1
@@ -65,13 +67,19 @@ def _block(name: str, modules: list[nn.Module]) -> Block | None:
 
 
 def _is_activation(rest: list[nn.Module]) -> bool:
-    return bool(rest) and _is_plain(rest[0], nn.LeakyReLU, nn.ReLU)
+    return bool(rest) and is_plain(rest[0], nn.LeakyReLU, nn.ReLU)
 
 
-def _is_plain(module: nn.Module, *types: type) -> bool:
+def is_plain(module: nn.Module, *types: type) -> bool:
     """Exactly one of `types` (a parametrised module has a type of its own) and without hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) in types and not hooks
+
+
+def run_norm(norm: nn.SyncBatchNorm, input: Tensor) -> Tensor:
+    """A synchronised BatchNorm that is in no block, on any device: its own forward refuses the CPU."""
+    by = batch_norm_arguments(norm)
+    return bn_act(input, weight=by.pop("bn_weight"), bias=by.pop("bn_bias"), negative_slope=1.0, **by)
 
 
 def run_block(block: Block, input: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ def run_block(block: Block, input: Tensor) -> Tensor:
     return conv_bn_act(input, conv.weight, **arguments)
 
 
-def batch_norm_arguments(norm: nn.BatchNorm2d) -> dict[str, Any]:
+def batch_norm_arguments(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> dict[str, Any]:
     """What `norm.forward` would pass to `F.batch_norm`, under the names of `conv_bn_act`; counts the batch as
     it does.
 
@@ -117,4 +125,15 @@ def batch_norm_arguments(norm: nn.BatchNorm2d) -> dict[str, Any]:
         "training": norm.training or (norm.running_mean is None and norm.running_var is None),
         "momentum": momentum,
         "eps": norm.eps,
+        "process_group": _process_group(norm),
     }
+
+
+def _process_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+    """The processes whose images `norm` normalises together with its own, as `nn.SyncBatchNorm` has it; None: none."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None

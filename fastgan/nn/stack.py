@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.nn.blocks import Block, parts, run_block
+from fastgan.nn.blocks import Block, is_plain, parts, run_block, run_norm
 from fastgan.nn.unit import run_blocks
 
 
@@ -25,6 +25,7 @@ class ConvStack(nn.Sequential):
     devices and dtypes, under autocast on CPU and in compiled code each block runs as `conv_bn_act` or
     `conv_transpose_bn_act`.
 
+    `nn.SyncBatchNorm` (`nn.SyncBatchNorm.convert_sync_batchnorm`) normalises over all processes, on CPUs too.
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
     `fastgan.use_backend("eager")` turns the kernels off.
 
@@ -38,17 +39,19 @@ class ConvStack(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         fused = why_unfused(input) is None
-        if self.batches > 1 and not (fused and _backend_of(input) == "cpu"):
+        if self.batches > 1 and not (fused and _takes_batches(self, input)):
             each = _cut(input, self.batches)
             with as_batches(self, 1):
                 return torch.cat([self.forward(batch) for batch in each])
         for index, (_, part) in enumerate(parts(self)):
-            if isinstance(part, nn.Module):
-                input = part(input) if self.batches == 1 else torch.cat([part(x) for x in _cut(input, self.batches)])
-            elif fused:
+            if isinstance(part, list) and fused:
                 input = _run_as_units(part, input, self.recompute_first and index == 0, self.batches)
-            else:
+            elif isinstance(part, list):
                 input = _run_by_operations(part, input)
+            elif isinstance(part, nn.SyncBatchNorm) and is_plain(part, nn.SyncBatchNorm):
+                input = run_norm(part, input)
+            else:
+                input = part(input) if self.batches == 1 else torch.cat([part(x) for x in _cut(input, self.batches)])
         return input
 
 
@@ -69,6 +72,11 @@ def as_batches(module: nn.Module, count: int) -> Iterator[None]:
     finally:
         for stack, batches in zip(stacks, before, strict=True):
             stack.batches = batches
+
+
+def _takes_batches(stack: ConvStack, input: Tensor) -> bool:
+    """Whether one convolution may take several batches: the kernels know it, and no process waits for another."""
+    return _backend_of(input) == "cpu" and not any(isinstance(m, nn.SyncBatchNorm) for m in stack.modules())
 
 
 def _cut(input: Tensor, batches: int) -> list[Tensor]:

@@ -14,7 +14,8 @@ from fastgan import library
 from fastgan.backends import count
 from fastgan.errors import BackendError
 from fastgan.nn.blocks import Block
-from fastgan.nn.unit import Operand, Step, channels_last, convolution_arguments, running_statistics, values
+from fastgan.nn.unit import Norm, Operand, Step, channels_last, convolution_arguments, running_statistics
+from fastgan.ops.bn_act_sync import combine, total
 
 BACKEND = "cpu"
 _ROWS = 4  # of a set of constants; a tensor of them holds one set for all images or one for each batch among them
@@ -51,6 +52,11 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
     return y, torch.cat([torch.stack(torch.ops.fastgan_cpu.bn_stats(batch)) for batch in y.chunk(step.batches)])
 
 
+def shared(sums: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
+    mean, m2, total_count = combine(sums[0], sums[1], count, group)
+    return torch.stack([mean, m2]), int(total_count)
+
+
 def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
     norm = step.norm
     if norm is None:
@@ -60,8 +66,7 @@ def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, 
         frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(y.dtype)
         return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, 0.0)
     assert sums is not None
-    running = running_statistics(norm, y[: len(y) // step.batches])
-    same = (values(step, y), gamma, beta, norm.eps, *running)
+    same = (norm.values, gamma, beta, norm.eps, *running_statistics(norm, y))
     pairs = zip(sums.split(2), norm.momenta, strict=True)
     return torch.cat([torch.ops.fastgan_cpu.block_constants(own, *same, momentum) for own, momentum in pairs])
 
@@ -86,7 +91,7 @@ def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand
     if step.norm is None:
         return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, None, step.slope)), None
     sums = _by_sets(torch.ops.fastgan_cpu.block_reduce, dz, y, constants, step.slope)
-    by, affine = _gradient_constants(step, sums, constants, y)
+    by, affine = _gradient_constants(step.norm, sums, constants)
     return Operand(_by_sets(torch.ops.fastgan_cpu.block_backward, dz, y, constants, by, step.slope)), affine
 
 
@@ -98,16 +103,8 @@ def block_gradient(
     g, sums = _own_convolution(gradient, weight, not step.transposed, operand.value.shape[2:], output=operand)
     if before.norm is None:
         return Operand(g), None
-    by, affine = _gradient_constants(before, sums, operand.constants, operand.value)
+    by, affine = _gradient_constants(before.norm, sums, operand.constants)
     return Operand(g, operand.value, by), affine
-
-
-def _gradient_constants(step: Step, sums: Tensor, constants: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """[A, B, C, mu] of each set, and the (weight, bias) gradient of the BatchNorm, which all sets share."""
-    pairs = zip(sums.split(2), constants.split(_ROWS), strict=True)
-    each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, values(step, y)) for pair in pairs]
-    by, affine = zip(*each, strict=True)
-    return torch.cat(by), sum(affine[1:], affine[0])
 
 
 def _by_sets(run: Any, *arguments: Any) -> Tensor:
@@ -134,6 +131,18 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
         layout = _is_channels_last(weight)
         return [torch.ops.fastgan_cpu.weight_gradient(*large[:4], *small[:4], layout, _AUTOMATIC), None]
     return _library_backward(step, applied(operand), gradient, weight, (False, *needed))[1:]
+
+
+def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+    """[A, B, C, mu] of each set from the sums over all processes, and this process's part of the affine gradient, which
+    all sets share."""
+    pairs = zip(sums.split(2), constants.split(_ROWS), strict=True)
+    each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, norm.values) for pair in pairs]
+    by, affine = torch.cat([by for by, _ in each]), torch.stack([affine for _, affine in each]).sum(0)
+    if norm.group is not None:
+        everywhere = total(sums, norm.group)
+        by, _ = torch.ops.fastgan_cpu.block_gradient_constants(everywhere, constants, norm.values)
+    return by, affine
 
 
 def _halves(step: Step) -> bool:

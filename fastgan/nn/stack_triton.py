@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import backends
 from fastgan.nn.blocks import Block
-from fastgan.nn.unit import Operand, Step, autocasts, running_statistics, values
+from fastgan.nn.unit import Operand, Step, autocasts, running_statistics
 from fastgan.ops.bn_act_eager import stat_dtype
 from fastgan.ops.conv_bn_act_eager import Geometry
 
@@ -21,6 +21,8 @@ BACKEND = "triton"
 
 def why_not_block(block: Block, input: Tensor) -> str | None:
     """Why the kernels do not run a block on `input`; None: they do."""
+    if isinstance(block.norm, nn.SyncBatchNorm):
+        return "BatchNorm over several processes runs as conv_bn_act"
     if block.conv.groups != 1:
         return f"{block.conv.groups} groups: the kernels know convolutions of one"
     weight = block.conv.weight
@@ -54,7 +56,7 @@ def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand
     if step.norm is None:
         return Operand(_run("bn_act_backward", dz, output.value, *by, output.slope, None, None, 0)), None
     affine = _run("bn_act_reduce", dz, output.value, *by, output.slope)
-    count = values(step, output.value)
+    count = _values(step)
     sums = affine if count else (None, None)
     dy = _run("bn_act_backward", dz, output.value, *by, output.slope, *sums, count)
     return Operand(dy, total=_total(step, output, affine[1])), torch.stack(affine)
@@ -66,7 +68,7 @@ def block_gradient(
     g, parts = _convolution(step, gradient, weight, None, not step.transposed, operand.value.shape[2:], output=operand)
     if before.norm is None:
         return Operand(g, total=parts[0].sum(0) if before.bias and len(parts) else None), None
-    by, affine = _run("block_gradient_constants", parts, operand.constants, values(before, operand.value))
+    by, affine = _run("block_gradient_constants", parts, operand.constants, _values(before))
     return Operand(g, operand.value, by, total=_total(before, operand, affine[1])), affine
 
 
@@ -89,8 +91,13 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
 # --- from blocks to the split operations ----------------------------------------------------------------------------
 
 
+def _values(step: Step) -> int:
+    return 0 if step.norm is None else step.norm.values
+
+
 def _run(name: str, *args: Any) -> Any:
-    return backends.run("triton", name, *args, forced=backends.requested(None) is not None)
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    return backends.runner_of("triton", first, forced=backends.requested(None) is not None)(name, *args)
 
 
 def _convolution(
@@ -132,4 +139,4 @@ def _total(step: Step, output: Operand, grad_bias: Tensor) -> Tensor | None:
     """The bias' gradient, the sum of dy per channel: that of A*g where statistics are frozen, else nothing is left."""
     if not step.bias or output.constants is None:
         return None
-    return torch.zeros_like(grad_bias) if values(step, output.value) else output.constants[1] * grad_bias
+    return torch.zeros_like(grad_bias) if _values(step) else output.constants[1] * grad_bias

@@ -14,18 +14,22 @@ from torch import Tensor, nn
 
 from fastgan import backends
 from fastgan.nn.blocks import Block, batch_norm_arguments
+from fastgan.ops.bn_act_sync import definition
 
 _PARAMETERS = 4  # of a block: weight, bias, BatchNorm's weight and bias
 
 
 class Norm(NamedTuple):
-    """How a block normalises: by the batch's statistics or by frozen ones, and which running ones it updates."""
+    """How a block normalises: by the batch's statistics, over the processes of `group` if any, or by frozen ones;
+    which running ones it updates; of how many values per channel the statistics are, once that is known (frozen: 0)."""
 
     by_batch: bool
     eps: float
     momenta: tuple[float, ...]  # of each batch that the input holds: without a momentum they fall from one to the next
     running_mean: Any
     running_var: Any
+    group: Any
+    values: int = 0
 
 
 class Step(NamedTuple):
@@ -69,6 +73,9 @@ class Kernels(Protocol):
     def convolve(self, step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The raw output, channels-last, and sums of its channels where the block normalises by them."""
 
+    def shared(self, sums: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
+        """The sums and the count of values over the processes of a group, if `why_not_block` lets such a block pass."""
+
     def constants(
         self, step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None
     ) -> Tensor | None:
@@ -99,13 +106,14 @@ class _Run(NamedTuple):
     kernels: Any  # Kernels: a module
     steps: list[Step]
     dtype: torch.dtype  # of the convolutions: the input's, or autocast's
-    recompute_first: bool  # the first y is not kept, but computed again for the backward pass
+    recompute_first: bool  # the first y is not kept but computed again for the backward pass
 
 
 def run_blocks(
     kernels: Any, blocks: list[Block], input: Tensor, *, recompute_first: bool = False, batches: int = 1
 ) -> Tensor:
-    """The blocks one after the other, as `nn.Sequential` would run them on each of the `batches` in `input`."""
+    """The blocks one after the other, as `nn.Sequential` would run them on each of the `batches` in `input`; see
+    `ConvStack.recompute_first`."""
     parameters: list[Tensor | None] = []
     for block in blocks:
         parameters += [block.conv.weight, block.conv.bias]
@@ -122,15 +130,10 @@ def autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def values(step: Step, y: Tensor) -> int:
-    """Values per channel that a batch's statistics depend on; 0 where they are frozen."""
-    return y.numel() // y.shape[1] // step.batches if step.norm is not None and step.norm.by_batch else 0
-
-
 def running_statistics(norm: Norm, y: Tensor) -> tuple[Any, Any]:
     """The running statistics that this forward updates, noted as changed; raises where there is nothing to normalise
     by."""
-    if y.numel() // y.shape[1] == 1:
+    if norm.values == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(y.shape)}")
     running = (norm.running_mean, norm.running_var)
     if norm.running_mean is not None:
@@ -151,12 +154,12 @@ def _step(block: Block, batches: int) -> Step:
     )  # fmt: skip
 
 
-def _norm(norm: nn.BatchNorm2d | None, batches: int) -> Norm | None:
+def _norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None, batches: int) -> Norm | None:
     if norm is None:
         return None
     each = [batch_norm_arguments(norm) for _ in range(batches)]
     by, momenta = each[0], tuple(by["momentum"] for by in each)
-    return Norm(by["training"], by["eps"], momenta, by["running_mean"], by["running_var"])
+    return Norm(by["training"], by["eps"], momenta, by["running_mean"], by["running_var"], by["process_group"])
 
 
 class _Blocks(torch.autograd.Function):
@@ -168,6 +171,8 @@ class _Blocks(torch.autograd.Function):
         for index, step in enumerate(steps):
             weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
             y, sums = kernels.convolve(step, operand, weight, bias)
+            step, sums = _counted(kernels, step, y, sums)
+            steps[index] = step
             _tell(run, step, y)
             operand = Operand(y, None, kernels.constants(step, y, sums, gamma, beta), step.slope)
             used = _is_activated(operand) or index + 1 < len(steps)  # the last may not be
@@ -199,6 +204,16 @@ class _Blocks(torch.autograd.Function):
         grads = _gradient(run, inputs, parameters, grad_output, ctx.needs_input_grad[1:])
         wanted = (input, *parameters)
         return None, *(None if g is None else g.to(w.dtype) for g, w in zip(grads, wanted, strict=True))
+
+
+def _counted(kernels: Any, step: Step, y: Tensor, sums: Tensor | None) -> tuple[Step, Tensor | None]:
+    """The step that knows how many values its statistics have, and these, over all processes that share them."""
+    if step.norm is None or sums is None:
+        return step, sums
+    count = y.numel() // y.shape[1] // step.batches
+    if step.norm.group is not None:
+        sums, count = kernels.shared(sums, count, step.norm.group)
+    return step._replace(norm=step.norm._replace(values=count)), sums
 
 
 def _tell(run: _Run, step: Step, y: Tensor) -> None:
@@ -265,10 +280,11 @@ def _definition(run: _Run, z: Tensor, parameters) -> Tensor:
         if step.norm is not None:
             norm = step.norm
             mean, var = (None, None) if norm.by_batch else (norm.running_mean, norm.running_var)
-            each = [
-                F.batch_norm(x, mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps) for x in z.chunk(step.batches)
-            ]
-            z = torch.cat(each)
+            if norm.group is None:
+                same = (mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps)
+                z = torch.cat([F.batch_norm(batch, *same) for batch in z.chunk(step.batches)])
+            else:
+                z = definition(z, gamma, beta, norm.values, norm.eps, 1.0, norm.group)
         if step.slope != 1.0:
             z = F.leaky_relu(z, step.slope) if step.slope else F.relu(z)
     return z

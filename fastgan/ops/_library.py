@@ -1,7 +1,8 @@
-"""Registration of operations in the `fastgan::` namespace: schema, implementation, fake, autograd, all in
-Python."""
+"""Operations in the `fastgan::` namespace: schema, implementation, fake and autograd, all in Python."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fastgan.errors import FastganError
 
 LIBRARY = torch.library.Library("fastgan", "DEF")
+_direct = SimpleNamespace()
 
 
 def register(
@@ -18,15 +20,15 @@ def register(
     fake: Callable,
     function: type[torch.autograd.Function] | None = None,
 ) -> None:
-    """Define an operation.
+    """Define the operation `torch.ops.fastgan.NAME`; `operations` finds the quickest way to call it.
 
     Args:
         schema: `name(arguments) -> results`.
         implementation: picks the backend at run time; one function for every device.
         fake: the results' shapes, dtypes and strides, for compile, export and fake tensors.
-        function: the autograd formula, whose forward calls `below_autograd`. Without one the operation
-            raises when it
-            is differentiated: what it takes as constants is not constant.
+        function: the autograd formula. Its forward takes `compute`, which has the schema's arguments and knows no
+            autograd, before the arguments themselves. Without a formula the operation raises when it is
+            differentiated: what it takes as constants is not constant.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -34,24 +36,48 @@ def register(
     torch.library.register_fake(f"fastgan::{name}", fake, lib=LIBRARY)
     operation = getattr(torch.ops.fastgan, name).default
 
-    def autograd(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            if function is None:
-                raise FastganError(
-                    f"fastgan::{name} is one half of an operation and cannot be differentiated: the "
-                    "statistics and sums that it takes depend on its input. Call fastgan.ops instead, or "
-                    "detach the arguments."
-                )
-            return function.apply(*args)
-        return below_autograd(operation, *args)
+    def below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*args)
 
-    LIBRARY.impl(name, autograd, "Autograd")
+    def differentiable(compute: Callable, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return compute(*args)
+        if function is not None:
+            return function.apply(compute, *args)
+        if True in [a.requires_grad for a in args if isinstance(a, Tensor)]:
+            raise FastganError(
+                f"fastgan::{name} is one half of an operation and cannot be differentiated: the "
+                "statistics and sums that it takes depend on its input. Call fastgan.ops instead, or "
+                "detach the arguments."
+            )
+        return compute(*args)
+
+    LIBRARY.impl(name, partial(differentiable, below_autograd), "Autograd")
+    setattr(_direct, name, partial(differentiable, implementation))
 
 
-def below_autograd(operation: Callable, *args: Any) -> Any:
-    """Call an operation's implementation, past its autograd formula."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operation(*args)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def operations(first: Tensor, *others: Tensor | None) -> Any:
+    """A namespace of the registered operations, to call on these tensors and constants.
+
+    It is `torch.ops.fastgan`, or the same without PyTorch's dispatcher where only autograd could listen there: no
+    mode, transform or trace, and no tensor that stands for another. Two journeys from Python through C++ and back
+    would cost more than the rest of a call.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or type(first) not in _PLAIN
+        or not _PLAIN.issuperset(map(type, others))
+        or first.is_meta
+    ):
+        return torch.ops.fastgan
+    return _direct
 
 
 def gradient_of_gradient(

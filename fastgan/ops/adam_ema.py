@@ -121,7 +121,6 @@ def _decide(params: Sequence[Tensor], backend: str | None) -> str:
     if name == "eager":
         return name
     if any(p.dtype not in _KERNEL_DTYPES[name] or p.dtype != first.dtype for p in params):
-        takes = " or ".join(str(dtype) for dtype in _KERNEL_DTYPES[name])
         if backend is None:
             return "eager"
         takes = " or ".join(str(dtype) for dtype in _KERNEL_DTYPES[name])

@@ -12,13 +12,18 @@ The split operations (`bn_stats`, `bn_act`, `bn_act_reduce`, `bn_act_backward`) 
 derivative is taken through the definition. Ioffe and Szegedy, "Batch Normalization", 2015.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, count, requested, run, runner, takes_definition
-from fastgan.ops._library import below_autograd, gradient_of_gradient, register
+from fastgan.backends import count, requested, run, runner, takes_definition
+from fastgan.ops._library import gradient_of_gradient, operations, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def bn_act(
@@ -32,6 +37,7 @@ def bn_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.2,
+    process_group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """BatchNorm followed by LeakyReLU, `leaky_relu(batch_norm(input, ...), negative_slope)`.
@@ -46,6 +52,8 @@ def bn_act(
         momentum: weight of the batch in the running statistics, in [0, 1].
         eps: added to the variance.
         negative_slope: 0 is ReLU, 1 the identity.
+        process_group: in training, normalise by the statistics over all its processes, each of which calls this
+            with a batch of its own (`fastgan/ops/bn_act_sync.py`); None: by those of `input` alone.
         backend: None (the best that is proved), "eager", "cpu", "triton" or "cuda".
 
     Returns:
@@ -56,21 +64,25 @@ def bn_act(
         ValueError: a shape or dtype does not fit, or there is one value per channel in training.
         BackendError: the backend that was asked for cannot run.
     """
-    _check(input, running_mean, running_var, weight, bias, training)
+    _check(input, running_mean, running_var, weight, bias, training, alone=process_group is None)
     backend = requested(backend)
+    if training and process_group is not None:
+        from fastgan.ops.bn_act_sync import bn_act_sync
+
+        return bn_act_sync(
+            input, running_mean, running_var, weight, bias, momentum, eps, negative_slope, process_group, backend
+        )
     if input.numel() == 0 or takes_definition("bn_act", input, backend):
         count("eager", "bn_act")
         v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return activation(v, negative_slope)
-    input = dense(input)
+    input, ops = dense(input), operations(input, weight, bias, running_mean, running_var)
     if not training:
-        return torch.ops.fastgan.bn_act_eval.default(
-            input, weight, bias, running_mean, running_var, eps, negative_slope, backend
-        )
-    z, mean, var = torch.ops.fastgan.bn_act_train.default(input, weight, bias, eps, negative_slope, backend)
+        return ops.bn_act_eval(input, weight, bias, running_mean, running_var, eps, negative_slope, backend)
+    z, mean, var = ops.bn_act_train(input, weight, bias, eps, negative_slope, backend)
     if running_mean is not None:
         n = input.numel() // input.shape[1]
-        torch.ops.fastgan.update_running_stats.default(running_mean, running_var, mean, var, n, momentum, backend)
+        ops.update_running_stats(running_mean, running_var, mean, var, n, momentum, backend)
     return z
 
 
@@ -87,7 +99,7 @@ def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Ten
     if input.numel() == 0 or takes_definition("bn_act", input, backend):
         count("eager", "act")
         return activation(input, negative_slope)
-    return torch.ops.fastgan.bn_act_eval.default(dense(input), None, None, None, None, 0.0, negative_slope, backend)
+    return operations(input).bn_act_eval(dense(input), None, None, None, None, 0.0, negative_slope, backend)
 
 
 def block_end(
@@ -102,42 +114,32 @@ def block_end(
     eps,
     negative_slope,
     batch_norm,
+    process_group,
     backend,
 ) -> Tensor:
     """What follows a block's convolution: `bn_act`, or `act` where the block has no BatchNorm."""
     if batch_norm:
         return bn_act(
             y, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
-            negative_slope=negative_slope, backend=backend,
+            negative_slope=negative_slope, process_group=process_group, backend=backend,
         )  # fmt: skip
     if any(t is not None for t in (running_mean, running_var, weight, bias)):
         raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
     return act(y, negative_slope, backend)
 
 
-def _check(input, running_mean, running_var, weight, bias, training) -> None:
+def _check(input, running_mean, running_var, weight, bias, training, alone) -> None:
     if input.dim() < 2 or not input.is_floating_point():
         raise ValueError(f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}")
-    channels, dtype, device = input.shape[1], input.dtype, input.device
-    half = dtype in (torch.float16, torch.bfloat16)
-    for name, value in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if value is None:
-            continue
-        if value.shape != (channels,):
-            raise ValueError(f"bn_act: {name} must have shape [C] = [{channels}], got {list(value.shape)}")
-        if value.device != device:
-            raise ValueError(f"bn_act: {name} is on {value.device}, input on {device}")
-        if value.dtype != dtype and not (half and value.dtype == torch.float32):
-            raise ValueError(f"bn_act: {name} must be {dtype} or, beside a half input, float32; got {value.dtype}")
+    shape, dtype, device = (input.shape[1],), input.dtype, input.device
+    for value in (running_mean, running_var, weight, bias):
+        if value is not None and (value.shape != shape or value.dtype != dtype or value.device != device):
+            _check_parameters(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+            break
     if (running_mean is None) != (running_var is None):
         raise ValueError("bn_act: running_mean and running_var go together, got one of them")
     if training:
-        if input.numel() == channels:
+        if input.numel() == shape[0] and alone:
             raise ValueError(
                 f"bn_act: expected more than 1 value per channel in training, got input {list(input.shape)}"
             )
@@ -145,11 +147,31 @@ def _check(input, running_mean, running_var, weight, bias, training) -> None:
         raise ValueError("bn_act: running_mean and running_var are required when training=False")
 
 
-def _parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _check_parameters(input: Tensor, **parameters: Tensor | None) -> None:
+    channels, dtype = input.shape[1], input.dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    for name, value in parameters.items():
+        if value is None:
+            continue
+        if value.shape != (channels,):
+            raise ValueError(f"bn_act: {name} must have shape [C] = [{channels}], got {list(value.shape)}")
+        if value.device != input.device:
+            raise ValueError(f"bn_act: {name} is on {value.device}, input on {input.device}")
+        if value.dtype != dtype and not (half and value.dtype == torch.float32):
+            raise ValueError(f"bn_act: {name} must be {dtype} or, beside a half input, float32; got {value.dtype}")
+
+
+def parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     channels, dtype = input.shape[1], stat_dtype(input)
-    ones = input.new_ones(channels, dtype=dtype) if weight is None else weight.detach().to(dtype).contiguous()
-    zeros = input.new_zeros(channels, dtype=dtype) if bias is None else bias.detach().to(dtype).contiguous()
+    ones = input.new_ones(channels, dtype=dtype) if weight is None else _as_stat(weight, dtype)
+    zeros = input.new_zeros(channels, dtype=dtype) if bias is None else _as_stat(bias, dtype)
     return ones, zeros
+
+
+def _as_stat(value: Tensor, dtype: torch.dtype) -> Tensor:
+    if value.dtype != dtype:
+        value = value.to(dtype)
+    return value if value.is_contiguous() else value.contiguous()
 
 
 def _statistics(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -157,7 +179,7 @@ def _statistics(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: flo
     dtype = stat_dtype(input)
     if mean is None or var is None:
         return input.new_zeros(input.shape[1], dtype=dtype), input.new_ones(input.shape[1], dtype=dtype)
-    return mean.to(dtype).contiguous(), torch.rsqrt(var.to(dtype) + eps).contiguous()
+    return _as_stat(mean, dtype), torch.rsqrt(_as_stat(var, dtype) + eps)
 
 
 # --- fastgan::bn_act_train and bn_act_eval, and their gradient ------------------------------------
@@ -168,7 +190,7 @@ def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     run = runner("bn_act", input, backend)
     mean, m2 = run("bn_stats", input)
     var = m2 / (input.numel() // input.shape[1])
-    z = run("bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    z = run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
     return z, mean, var
 
 
@@ -180,7 +202,7 @@ def _train_fake(input, weight, bias, eps, slope, backend):
 def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend):
     input = dense(input)
     run = runner("bn_act", input, backend)
-    return run("bn_act", input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    return run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
 
 
 def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
@@ -193,7 +215,7 @@ def _grad(
     input = dense(input)
     dz = like(dz, input)
     run = runner("bn_act", input, backend)
-    args = (dz, input, *_statistics(input, mean, var, eps), *_parameters(input, weight, bias), slope)
+    args = (dz, input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
     sums = run("bn_act_reduce", *args) if training or needs_affine else (None, None)
     if not needs_input:
         dy = input.new_empty(0)
@@ -219,8 +241,8 @@ def _grad_fake(dz, input, weight, bias, mean, var, eps, slope, training, needs_i
 def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if dz is None:
         return None, None, None
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dy, grad_weight, grad_bias = torch.ops.fastgan.bn_act_grad.default(
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
+    dy, grad_weight, grad_bias = operations(dz, *ctx.saved_tensors[:3]).bn_act_grad(
         dz, *ctx.saved_tensors, *ctx.constants, training, needs_input, needs_weight or needs_bias, ctx.backend
     )
     return (
@@ -232,8 +254,8 @@ def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | No
 
 class _Train(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, eps, slope, backend):
-        z, mean, var = below_autograd(torch.ops.fastgan.bn_act_train.default, input, weight, bias, eps, slope, backend)
+    def forward(ctx, compute, input, weight, bias, eps, slope, backend):
+        z, mean, var = compute(input, weight, bias, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.mark_non_differentiable(mean, var)
@@ -242,13 +264,13 @@ class _Train(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz, _mean, _var):
-        return *_first_gradient(ctx, dz, training=True), None, None, None
+        return None, *_first_gradient(ctx, dz, training=True), None, None, None
 
 
 class _Eval(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, mean, var, eps, slope, backend):
-        z = below_autograd(torch.ops.fastgan.bn_act_eval.default, input, weight, bias, mean, var, eps, slope, backend)
+    def forward(ctx, compute, input, weight, bias, mean, var, eps, slope, backend):
+        z = compute(input, weight, bias, mean, var, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.set_materialize_grads(False)
@@ -256,21 +278,20 @@ class _Eval(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        return *_first_gradient(ctx, dz, training=False), None, None, None, None, None
+        return None, *_first_gradient(ctx, dz, training=False), None, None, None, None, None
 
 
 class _Grad(torch.autograd.Function):
     """The gradient operation; its own gradient goes through the definition, and so does every higher one."""
 
     @staticmethod
-    def forward(ctx, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend):
+    def forward(
+        ctx, compute, dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend
+    ):
         ctx.save_for_backward(dz, input, weight, bias, mean, var)
         ctx.constants = (eps, slope, training, needs_input, needs_affine)
         ctx.set_materialize_grads(False)
-        return below_autograd(
-            torch.ops.fastgan.bn_act_grad.default,
-            dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend,
-        )  # fmt: skip
+        return compute(dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine, backend)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -282,14 +303,14 @@ class _Grad(torch.autograd.Function):
             if training:
                 by = stats(y)
                 by = (by[0], by[1] / (y.numel() // y.shape[1]))
-            ones, zeros = _parameters(y, None, None)
+            ones, zeros = parameters(y, None, None)
             gamma, beta = ones if weight is None else weight, zeros if bias is None else bias
             return apply(y, *_statistics(y, *by, eps), gamma, beta, slope)
 
         needed = (needs_input, needs_affine, needs_affine)
         asked = [c if need else None for c, need in zip(cotangents, needed, strict=True)]
         dtype = stat_dtype(given[1])
-        return *gradient_of_gradient(definition, given, asked, ctx.needs_input_grad[:4], dtype), *[None] * 8
+        return None, *gradient_of_gradient(definition, given, asked, ctx.needs_input_grad[1:5], dtype), *[None] * 8
 
 
 _FORWARD = "Tensor input, Tensor? weight, Tensor? bias"
@@ -329,11 +350,11 @@ def _split(name: str):
 
 
 def _update(running_mean, running_var, mean, var, n, momentum, backend):
-    # Unforced, an O(C) operation on CPU is not worth a search; on CUDA one launch replaces four.
-    name = choose("bn_act", mean, backend).backend if backend is not None or mean.is_cuda else "eager"
-    run(name, "update_running_stats", running_mean, running_var, mean, var, n, momentum)
-    if name != "eager":
-        torch.autograd.graph.increment_version((running_mean, running_var))
+    if backend is None and not mean.is_cuda:  # O(C) on CPU: not worth a choice
+        run("eager", "update_running_stats", running_mean, running_var, mean, var, n, momentum)
+        return
+    runner("bn_act", mean, backend)("update_running_stats", running_mean, running_var, mean, var, n, momentum)
+    torch.autograd.graph.increment_version((running_mean, running_var))
 
 
 def _two_stats(y):

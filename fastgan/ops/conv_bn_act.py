@@ -4,10 +4,15 @@ The convolution is the library's (cuDNN, oneDNN); what follows it is `bn_act` of
 convolutions plug in here.
 """
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.ops.bn_act import block_end
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def conv_bn_act(
@@ -28,6 +33,7 @@ def conv_bn_act(
     eps: float = 1e-5,
     negative_slope: float = 0.2,
     batch_norm: bool = True,
+    process_group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """`leaky_relu(batch_norm(conv2d(input, weight, bias, ...), ...), negative_slope)`.
@@ -38,7 +44,7 @@ def conv_bn_act(
         running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
         bias: `[K]`, of the convolution.
         batch_norm: False for a block without BatchNorm, such as a discriminator's first.
-        training, momentum, eps, negative_slope, backend: as in `bn_act`.
+        training, momentum, eps, negative_slope, process_group, backend: as in `bn_act`.
 
     Returns:
         `[N, K, H', W']`, in the dtype and memory format of the convolution's output; under autocast the
@@ -52,5 +58,5 @@ def conv_bn_act(
     y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return block_end(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
-        negative_slope=negative_slope, batch_norm=batch_norm, backend=backend,
+        negative_slope=negative_slope, batch_norm=batch_norm, process_group=process_group, backend=backend,
     )  # fmt: skip

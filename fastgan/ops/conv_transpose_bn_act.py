@@ -1,9 +1,14 @@
 """conv_transpose_bn_act: `conv_bn_act` with a transposed convolution."""
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.ops.bn_act import block_end
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def conv_transpose_bn_act(
@@ -25,6 +30,7 @@ def conv_transpose_bn_act(
     eps: float = 1e-5,
     negative_slope: float = 0.2,
     batch_norm: bool = True,
+    process_group: "ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """`leaky_relu(batch_norm(conv_transpose2d(input, weight, bias, ...), ...), negative_slope)`.
@@ -38,5 +44,5 @@ def conv_transpose_bn_act(
     y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return block_end(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
-        negative_slope=negative_slope, batch_norm=batch_norm, backend=backend,
+        negative_slope=negative_slope, batch_norm=batch_norm, process_group=process_group, backend=backend,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.backends import count, define, requested, runner, takes_definition
-from fastgan.ops._library import below_autograd, gradient_of_gradient, register
+from fastgan.ops._library import gradient_of_gradient, operations, register
 
 
 def gan_bce(
@@ -56,7 +56,7 @@ def gan_bce(
         return loss_real, loss_fake, d_real, d_fake
     real = None if real_logits is None else real_logits.contiguous()
     fake = None if fake_logits is None else fake_logits.contiguous()
-    stats, _, _ = torch.ops.fastgan.gan_bce.default(real, fake, real_target, fake_target, backend)
+    stats, _, _ = operations(first, fake).gan_bce(real, fake, real_target, fake_target, backend)
     loss_real, loss_fake, d_real, d_fake = stats.unbind()
     real_half = (None, None) if real is None else (loss_real, d_real.detach())
     fake_half = (None, None) if fake is None else (loss_fake, d_fake.detach())
@@ -91,16 +91,16 @@ def _half(logits: Tensor | None, target: float) -> tuple[Tensor, Tensor] | tuple
     """The definition: mean loss and mean sigmoid of one half, in plain PyTorch."""
     if logits is None:
         return None, None
-    x = logits.to(_stat_dtype(logits))
+    dtype = _stat_dtype(logits)
+    x = logits if logits.dtype == dtype else logits.to(dtype)
     return bce(x, target), x.detach().sigmoid().mean()
 
 
 def bce(logits: Tensor, target: float) -> Tensor:
     """Binary cross-entropy of sigmoid(logits) against one `target` in [0, 1] for all, in plain PyTorch."""
-    loss = -target * F.logsigmoid(logits) if target else logits.new_zeros(())
-    if target != 1.0:
-        loss = loss - (1.0 - target) * F.logsigmoid(-logits)
-    return loss.mean()
+    if target in (0.0, 1.0):
+        return -F.logsigmoid(logits if target else -logits).mean()
+    return -(target * F.logsigmoid(logits) + (1.0 - target) * F.logsigmoid(-logits)).mean()
 
 
 def _some(real: Tensor | None, fake: Tensor | None) -> Tensor:
@@ -158,10 +158,8 @@ def _backward_fake(dstats, grad_real, grad_fake, real, fake, real_target, fake_t
 
 class _Forward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, real, fake, real_target, fake_target, backend):
-        stats, grad_real, grad_fake = below_autograd(
-            torch.ops.fastgan.gan_bce.default, real, fake, real_target, fake_target, backend
-        )
+    def forward(ctx, compute, real, fake, real_target, fake_target, backend):
+        stats, grad_real, grad_fake = compute(real, fake, real_target, fake_target, backend)
         ctx.save_for_backward(grad_real, grad_fake, real, fake)
         ctx.targets = real_target, fake_target
         ctx.mark_non_differentiable(grad_real, grad_fake)
@@ -171,10 +169,11 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dstats, _real, _fake):
         if dstats is None:
-            return (None,) * 5
-        grads = torch.ops.fastgan.gan_bce_grad.default(dstats, *ctx.saved_tensors, *ctx.targets)
+            return (None,) * 6
+        grads = operations(dstats, *ctx.saved_tensors).gan_bce_grad(dstats, *ctx.saved_tensors, *ctx.targets)
         return (
-            *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[:2], strict=True)),
+            None,
+            *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:3], strict=True)),
             None,
             None,
             None,
@@ -183,31 +182,22 @@ class _Forward(torch.autograd.Function):
 
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
+    def forward(ctx, compute, dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
         ctx.save_for_backward(dstats, real, fake)
         ctx.targets = real_target, fake_target
         ctx.set_materialize_grads(False)
-        return below_autograd(
-            torch.ops.fastgan.gan_bce_grad.default,
-            dstats,
-            grad_real,
-            grad_fake,
-            real,
-            fake,
-            real_target,
-            fake_target,
-        )
+        return compute(dstats, grad_real, grad_fake, real, fake, real_target, fake_target)
 
     @staticmethod
     def backward(ctx, *cotangents):
         dstats, real, fake = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+        wanted = [ctx.needs_input_grad[i] for i in (1, 4, 5)]
 
         def definition(real, fake):
             return _definition(real, fake, *ctx.targets)
 
         d, r, f = gradient_of_gradient(definition, (dstats, real, fake), cotangents, wanted, dstats.dtype)
-        return d, None, None, r, f, None, None
+        return None, d, None, None, r, f, None, None
 
 
 register(

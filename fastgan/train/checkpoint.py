@@ -34,7 +34,7 @@ def write(run: Path, step: int, tensors: Mapping[str, Tensor], header: Mapping[s
 
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:09d}.safetensors"
+    path = path_of(run, step)
     # safetensors stores no strides: channels-last tensors are stored as contiguous ones, loading copies into place.
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save(plain, metadata={_HEADER: json.dumps({"format": FORMAT, **header})})
@@ -45,6 +45,11 @@ def write(run: Path, step: int, tensors: Mapping[str, Tensor], header: Mapping[s
     for leftover in folder.glob(f".*{MARK}*"):  # of a killed process: a run folder has one writer
         leftover.unlink()
     return path
+
+
+def path_of(run: Path, step: int) -> Path:
+    """Where checkpoint `step` of `run` stands."""
+    return run / "checkpoints" / f"step-{step:09d}.safetensors"
 
 
 def saved(run: Path) -> list[Path]:

@@ -51,7 +51,7 @@ class TrainConfig:
     """folder for prepared data sets [default: FASTGAN_CACHE or ~/.cache/fastgan]"""
 
     batch_size: int = 32
-    """images per step"""
+    """images per step, of all processes together"""
     kimg: float = 140.0
     """length of training in thousands of real images shown"""
     seed: int = 0

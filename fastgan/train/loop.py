@@ -7,14 +7,14 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgan import images, optim
 from fastgan.backends import use_backend, why_not
@@ -27,6 +27,7 @@ from fastgan.step import GanStep
 from fastgan.train import checkpoint
 from fastgan.train.config import TrainConfig, check_resumable, save_config
 from fastgan.train.log import Log, require_tensorboard
+from fastgan.train.processes import Processes
 from fastgan.train.progress import Progress, duration
 from fastgan.versions import device_name, versions
 
@@ -41,22 +42,36 @@ class Diverged(FastganError):
 class Trainer:
     """Everything that one run consists of; `run()` trains it to the end.
 
+    Where torch.distributed is initialised, each of its processes makes one, and they train together.
+
     Args:
         config: with `resume` set, everything is restored from there.
-        console: where progress goes; by default standard output.
+        console: where progress goes; by default standard output. Of several processes, rank 0 alone prints.
     """
 
     def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
         config.check()
         self.config = config
+        self.processes = processes = Processes()
+        processes.part(config.batch_size)
         self.console = console or Console(highlight=False, markup=False)
-        self.device = choose_device(config.device)
+        if not processes.leads:
+            self.console = Console(quiet=True, force_terminal=False)
+        self.device = processes.own_device(choose_device(config.device))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.precision = choose_precision(config.precision, self.device)
         check_backend(config.backend, self.device, self.precision)
-        self.data = _prepare(config, self.console)
-        self.batches = Batches(self.data, config.batch_size, seed=config.seed, flip=config.flip, device=self.device)
+        with processes.one_after_another():
+            self.data = _prepare(config, self.console)
+        self.batches = Batches(
+            self.data,
+            config.batch_size,
+            seed=config.seed,
+            flip=config.flip,
+            part=(processes.rank, processes.count),
+            device=self.device,
+        )
         checkpoint.seed_all(config.seed)
         channels = self.data.channels
         self.generator = build_generator(config, channels)
@@ -64,6 +79,8 @@ class Trainer:
             config.image_size, channels, config.d_channels, spectral_norm=config.spectral_norm
         )
         for network in (self.generator, self.discriminator):
+            if processes.group is not None:
+                nn.SyncBatchNorm.convert_sync_batchnorm(network)
             network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.generator, config.ema_kimg, config.ema_rampup)
         self.opt_g, self.opt_d = (
@@ -94,19 +111,22 @@ class Trainer:
             ema=self.ema,
             autocast=None if self.precision == torch.float32 else self.precision,
             scaler=self.scaler,
+            process_group=processes.group,
         )
         self.fixed_latents = draw_latents(GRID, config.latent_dim, config.seed).to(self.device)
         self._layers: list[tuple[str, ...]] | None = None
         self.seconds = 0.0  # spent in training steps, over all sessions of the run
         if config.tensorboard:
             require_tensorboard()
+        self._lock: IO[str] | None = None
         if config.resume is not None:
             self.run_folder = checkpoint.run_of(config.resume)
-            self._lock = _lock(self.run_folder)
-            self._load(config.resume)
         else:
-            self.run_folder = make_run_folder(config)
+            self.run_folder = processes.told(make_run_folder(config) if processes.leads else None)
+        if processes.leads:
             self._lock = _lock(self.run_folder)
+        if config.resume is not None:
+            self._load(config.resume)
 
     @property
     def kimg(self) -> float:
@@ -126,7 +146,8 @@ class Trainer:
                 self._run(caught)
         finally:
             self.batches.close()
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
         self.console.print(
             f"{self.run_folder}: done after {duration(self.seconds)} of training. "
             f"Open {self.run_folder / 'report.html'}",
@@ -135,25 +156,26 @@ class Trainer:
         return self.run_folder
 
     def _run(self, caught: list[int]) -> None:
-        save_config(self.config, self.run_folder / "config.json")
+        if self.processes.leads:
+            save_config(self.config, self.run_folder / "config.json")
         self._announce()
+        if self.processes.group is not None:  # now, when all are here: the layers of a step exchange statistics
+            self._explain_layers()
         if self.step.steps == 0:
             self._sample()
             self._save()  # shows at once whether the disk takes it, and a run can be resumed from its first second
         window = _Window()
         reported = -math.inf
-        with (
-            closing(Log(self.run_folder, self.step.steps, self.config.tensorboard)) as log,
-            Progress(self.console, self.config.kimg) as progress,
-        ):
+        with self._reports() as log, Progress(self.console, self.config.kimg) as progress:
             while self.kimg < self.config.kimg:
                 self._train_step(window)
                 progress.advance(self.step.steps, self.kimg)
-                stopping = list(caught)  # looked at once: a signal may come at any moment
+                stopping = self.processes.largest(caught[0] if caught else 0)  # looked at once: it may come any moment
                 last = self.kimg >= self.config.kimg or bool(stopping)
                 if last or self._due(self.config.report_kimg) or self._due(self.config.checkpoint_kimg):
                     report = self._report(window)
-                    log.write(report)
+                    if log is not None:
+                        log.write(report)
                     progress.show(report)
                 if last or self._due(self.config.sample_kimg):
                     self._sample()
@@ -164,8 +186,15 @@ class Trainer:
                         reported = time.monotonic()
                     if stopping:
                         self._write_html()
-                        raise Interrupted(stopping[0], saved)
+                        self.processes.wait()
+                        raise Interrupted(stopping, saved)
         self._write_html()
+        self.processes.wait()
+
+    def _reports(self) -> AbstractContextManager[Log | None]:
+        if not self.processes.leads:
+            return nullcontext()
+        return closing(Log(self.run_folder, self.step.steps, self.config.tensorboard))
 
     def _train_step(self, window: "_Window") -> None:
         scale = optim.lr_scale(
@@ -213,7 +242,7 @@ class Trainer:
         wrong: list[tuple[int, str, float]] = []
         for name in sorted({name for entry in metrics for name in entry}):
             at = [index for index, entry in enumerate(metrics) if name in entry]
-            values = torch.stack([metrics[index][name] for index in at]).double().cpu()
+            values = self.processes.mean(torch.stack([metrics[index][name] for index in at]).double().cpu())
             averages[name] = float(values.mean())
             wrong += [
                 (first_step + at[index], name, float(values[index]))
@@ -231,6 +260,8 @@ class Trainer:
         )
 
     def _sample(self) -> None:
+        if not self.processes.leads:
+            return
         folder = self.run_folder / "samples"
         folder.mkdir(exist_ok=True)
         with torch.no_grad():
@@ -238,6 +269,8 @@ class Trainer:
         images.save_png(images.grid(np.concatenate(batches)), folder / f"kimg-{self.kimg:09.3f}.png")
 
     def _save(self) -> Path:
+        if not self.processes.leads:  # weights and random states are the same everywhere
+            return checkpoint.path_of(self.run_folder, self.step.steps)
         checkpoint.set_aside_newer(self.run_folder, self.step.steps)
         random_tensors, random_values = checkpoint.random_states(self.device)
         tensors = {
@@ -262,6 +295,7 @@ class Trainer:
             "data": self.data.fingerprint,
             "versions": versions(),
             "machine": device_name(self.device),
+            "processes": self.processes.count,
         }
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -272,6 +306,11 @@ class Trainer:
         path = checkpoint.resolve(source)
         tensors, header = checkpoint.read(path)
         check_resumable(TrainConfig.from_json(header["config"], str(path)), self.config)
+        if (count := header.get("processes", 1)) != self.processes.count:
+            raise CheckpointError(
+                f"{path}: was trained by {count} process{'es' * (count > 1)}, and {self.processes.count} cannot go on "
+                f"bit for bit; start it with torchrun --nproc-per-node {count}"
+            )
         if header["data"] != self.data.fingerprint:
             raise CheckpointError(
                 f"{path}: was trained on other images than {self.data.source} now holds; a run can only go on with "
@@ -305,17 +344,24 @@ class Trainer:
             f"networks   G {counts[0]:,} and D {counts[1]:,} parameters, loss {config.loss}\n"
             f"device     {self.device} ({device_name(self.device)}), {str(self.precision).removeprefix('torch.')}\n"
             f"training   {config.kimg:g} kimg in steps of {config.batch_size}"
+            + (f" on {self.processes.count} processes" if self.processes.group is not None else "")
             + (f", going on from {self.kimg:.1f} kimg" if config.resume else "")
             + f"\nrun        {self.run_folder}",
             soft_wrap=True,
         )
 
-    def _write_html(self) -> None:
-        from fastgan.train.report import layer_rows, write_report
+    def _explain_layers(self) -> list[tuple[str, ...]]:
+        from fastgan.train.report import layer_rows
 
         if self._layers is None:  # the same throughout a run
             self._layers = layer_rows(self)
-        write_report(self.run_folder, self, self._layers)
+        return self._layers
+
+    def _write_html(self) -> None:
+        from fastgan.train.report import write_report
+
+        if self.processes.leads:
+            write_report(self.run_folder, self, self._explain_layers())
 
 
 class _Window:

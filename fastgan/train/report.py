@@ -77,7 +77,7 @@ def write_report(run: Path, trainer: "Trainer", layers: list[tuple[str, ...]]) -
 
 def layer_rows(trainer: "Trainer") -> list[tuple[str, ...]]:
     """(network, layer, operation, input shape, backend, why) of each fused operation in a training step."""
-    size, batch = trainer.config.image_size, trainer.config.batch_size
+    size, batch = trainer.config.image_size, trainer.processes.part(trainer.config.batch_size)
     images_like = torch.zeros(batch, trainer.data.channels, size, size, device=trainer.device)
     latents = torch.zeros(batch, trainer.config.latent_dim, device=trainer.device)
     rows: list[tuple[str, ...]] = []

@@ -1,0 +1,140 @@
+"""A ConvStack with synchronised BatchNorm: two processes with unequal batches against one with all images."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from tolerance import assert_as_right_as_torch
+from torch import Tensor, nn
+
+from fastgan import library
+from fastgan.backends import counts, reset_counts, use_backend
+from fastgan.nn import ConvStack
+
+SIZES = (2, 4)
+
+
+def network() -> nn.Sequential:
+    """Blocks that the CPU kernels know, one with frozen statistics, one of the library, and a BatchNorm in no block."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.LeakyReLU(0.2),
+        nn.Conv2d(16, 17, 4, 2, 1, bias=False), nn.BatchNorm2d(17), nn.LeakyReLU(0.2),
+        nn.ConvTranspose2d(17, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6, momentum=None), nn.Dropout(0.0),
+        nn.BatchNorm2d(6, affine=False), nn.Tanh(),
+    )  # fmt: skip
+    for norm in net:
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine:
+            nn.init.normal_(norm.weight, 1, 0.2)
+            nn.init.normal_(norm.bias, 0, 0.5)
+    net[7].eval()
+    return net
+
+
+def outcome(net: nn.Module, images: Tensor, first: int, backend: str, penalty: bool) -> list[Tensor]:
+    """Output, input gradient, buffers and parameter gradients; `first`: which image of all these begin with."""
+    images = images.clone().requires_grad_()
+    with use_backend(backend):
+        output = net(images)
+        pattern = torch.arange(first * output[0].numel(), (first + len(images)) * output[0].numel()).cos()
+        loss = (output * pattern.view_as(output).to(output.dtype)).sum()
+        if penalty:
+            (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
+            loss = loss + gradient.square().sum()
+        loss.backward()
+    return [output.detach(), images.grad, *net.buffers(), *(p.grad for p in net.parameters())]
+
+
+def all_images() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(sum(SIZES), 3, 16, 16)
+
+
+def own_images(dtype) -> tuple[Tensor, int]:
+    rank = dist.get_rank()
+    return all_images().to(dtype).split(SIZES)[rank], sum(SIZES[:rank])
+
+
+def part(dtype, backend: str, penalty: bool) -> list[Tensor]:
+    library.load("cpu")
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*network()).to(dtype))
+    reset_counts()
+    results = outcome(net, *own_images(dtype), backend, penalty)
+    assert (("cpu", "weight_gradient") in counts()) == (backend == "cpu")
+    for gradient in results[-len(list(net.parameters())) :]:
+        dist.all_reduce(gradient)
+    return results
+
+
+@pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_two_processes_are_one(pair, dtype, backend, penalty):
+    if backend == "cpu":
+        library.load("cpu")
+        if torch.ops.fastgan_cpu.instruction_set() == "plain":
+            pytest.skip("this processor has no AVX2: stacks run module by module here")
+    parts = pair(part, dtype, backend, penalty)
+    truth = outcome(copy.deepcopy(network()).double(), all_images().double(), 0, "eager", penalty)
+    own = outcome(network().to(dtype), all_images().to(dtype), 0, "eager", penalty)
+    for index, (one, two) in enumerate(zip(*parts, strict=True)):
+        if index >= 2:
+            assert torch.equal(one, two), f"tensor {index} differs between the processes"
+        got = torch.cat([one, two]) if index < 2 else one
+        if dtype == torch.float64 and got.is_floating_point():
+            torch.testing.assert_close(got, truth[index], rtol=1e-9, atol=1e-9)
+        elif got.is_floating_point():  # a whole network multiplies the errors of its layers
+            assert_as_right_as_torch(got, own[index], truth[index], f"tensor {index}", factor=6.0)
+        else:
+            assert torch.equal(got, truth[index])
+
+
+def evaluated() -> Tensor:
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*network())).eval()
+    if dist.get_rank() == 1:
+        return torch.zeros(())  # in eval nobody waits for the other process
+    return net(all_images()).detach()
+
+
+def test_eval_exchanges_nothing(pair):
+    torch.testing.assert_close(pair(evaluated)[0], network().eval()(all_images()))
+
+
+def in_groups_of_one() -> Tensor:
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*network()), groups[dist.get_rank()])
+    return net(own_images(torch.float32)[0]).detach()
+
+
+def test_the_modules_process_group_is_respected(pair):
+    for got, images in zip(pair(in_groups_of_one), all_images().split(SIZES), strict=True):
+        torch.testing.assert_close(got, network()(images), rtol=1e-4, atol=1e-5)
+
+
+def wrapped() -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients and parameters after two steps under DistributedDataParallel."""
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*network()))
+    parallel = nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    images, _ = own_images(torch.float32)
+    for _ in range(2):
+        optimizer.zero_grad()
+        parallel(images).square().sum().backward()
+        optimizer.step()
+    return [p.grad for p in net.parameters()], [p.detach() for p in net.parameters()]
+
+
+def test_distributed_data_parallel(pair):
+    """Its gradient hooks fire for parameters of a fused stack, each once, without find_unused_parameters."""
+    one, two = pair(wrapped)
+    assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
+    plain, images = network(), all_images()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (plain(images).square().sum() / 2).backward()  # the mean of two processes' sums
+        optimizer.step()
+    for got, parameter in zip(one[0], plain.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-4)
