@@ -33,6 +33,8 @@ class BenchConfig:
     """how often each competitor takes its turn, at least 6"""
     case: str = ""
     """only cases whose name contains this, such as "DCGAN-64" or "batch 32, bf16" """
+    compiled: bool = True
+    """torch.compile too, which takes a minute or more to compile each case the first time"""
     memory: bool = True
     """measure the peak memory of each competitor too, in processes of their own"""
     options: bool = False
@@ -71,7 +73,7 @@ def bench(config: BenchConfig) -> list[str]:
     old = None if config.compare is None else results.read(config.compare)
     best = peaks(device)
     competitors = providers(device, config.options)
-    if config.quick:
+    if config.quick or not config.compiled:
         del competitors["compiled"]
     print("competitors: " + "; ".join(f"{name}: {provider.what}" for name, provider in competitors.items()))
     rows = []
