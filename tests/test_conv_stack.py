@@ -14,7 +14,7 @@ from fastgan.bench.memory import kept_bytes
 from fastgan.explanation import explain
 from fastgan.nn import Discriminator, Generator
 from fastgan.nn.blocks import Block, parts
-from fastgan.nn.stack import ConvStack, why_unfused
+from fastgan.nn.stack import ConvStack, as_batches, why_unfused
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -259,3 +259,53 @@ def test_recomputed_first_block_changes_no_bit(name, training):
     stack.recompute_first = True
     for one, two in zip(kept, outcome(stack, input, "cpu"), strict=True):
         assert torch.equal(one, two)
+
+
+class TwoPasses(nn.Module):
+    """What `as_batches(network, 2)` means."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat([self.network(batch) for batch in (input[: len(input) // 2], input[len(input) // 2 :])])
+
+
+class AsBatches(TwoPasses):
+    def forward(self, input: Tensor) -> Tensor:
+        with as_batches(self.network, 2):
+            return self.network(input)
+
+
+@pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["down", "up", "mixed"])
+def test_two_batches_at_once_are_two_passes(name, training, penalty):
+    stack = ConvStack(*small_networks()[name]).double().train(training)
+    torch.manual_seed(7)
+    input = torch.cat([network_input(name), 3 * torch.randn_like(network_input(name)) + 1])
+    for backend in ("cpu", "eager"):
+        reset_counts()
+        got = outcome(AsBatches(stack), input, backend, penalty)
+        once = counts().get(("cpu", "convolve"), 0)
+        reset_counts()
+        for one, two in zip(got, outcome(TwoPasses(stack), input, backend, penalty), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+        assert counts().get(("cpu", "convolve"), 0) == 2 * once
+        assert (once > 0) == (backend == "cpu")
+
+
+def test_plain_averages_of_running_statistics_count_each_batch():
+    stack = ConvStack(*modules(3, 16, norm=lambda width: nn.BatchNorm2d(width, momentum=None))).double()
+    input = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    got, expected = (outcome(made(stack), input, "cpu") for made in (AsBatches, TwoPasses))
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_batches_of_different_sizes_are_refused():
+    stack = ConvStack(nn.Conv2d(3, 4, 3), nn.Tanh())
+    with use_backend("eager"), as_batches(stack, 2), pytest.raises(ValueError, match="2 batches of one size"):
+        stack(torch.randn(3, 3, 8, 8))
+    assert stack.batches == 1

@@ -46,6 +46,11 @@ def peaks(device: torch.device) -> dict[str, float]:
     return found
 
 
+def best_of(*measured: dict[str, float]) -> dict[str, float]:
+    """The best of several measurements of `peaks`: a machine shared with others shows its peak only now and then."""
+    return {name: max(rates[name] for rates in measured) for name in measured[0]}
+
+
 def _matrix_gflops(dtype: torch.dtype, device: torch.device) -> float:
     """Of the best size among powers of two that take no longer than a tenth of a second."""
     rate, side = 0.0, 256

@@ -2,6 +2,8 @@
 backend can, with the activation deferred into the next convolution and one tensor kept per block.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import groupby
 
@@ -33,16 +35,56 @@ class ConvStack(nn.Sequential):
     """
 
     recompute_first = False
+    batches = 1
 
     def forward(self, input: Tensor) -> Tensor:
         fused = why_unfused(input) is None
+        if self.batches > 1 and not (fused and _takes_batches(self, input)):
+            each = _cut(input, self.batches)
+            with as_batches(self, 1):
+                return torch.cat([self.forward(batch) for batch in each])
         for index, (name, part) in enumerate(parts(self)):
-            if isinstance(part, list):
-                recompute = self.recompute_first and index == 0
-                input = _run_as_units(part, input, recompute) if fused else _run_by_operations(part, input)
-            else:
+            if isinstance(part, list) and fused:
+                input = _run_as_units(part, input, self.recompute_first and index == 0, self.batches)
+            elif isinstance(part, list):
+                input = _run_by_operations(part, input)
+            elif self.batches == 1:
                 input = _run_apart(name, part, input)
+            else:
+                input = torch.cat([_run_apart(name, part, batch) for batch in _cut(input, self.batches)])
         return input
+
+
+@contextmanager
+def as_batches(module: nn.Module, count: int) -> Iterator[None]:
+    """Within it an input of `module` holds `count` batches of one size, one after the other: every `ConvStack` in it
+    normalises each by its own statistics and updates the running ones in their order, as if they came one by one.
+
+    Modules outside of stacks must treat each image by itself. On CPU kernels a convolution takes all batches at once;
+    elsewhere they are taken apart.
+    """
+    stacks = [m for m in module.modules() if isinstance(m, ConvStack)]
+    before = [stack.batches for stack in stacks]
+    for stack in stacks:
+        stack.batches = count
+    try:
+        yield
+    finally:
+        for stack, batches in zip(stacks, before, strict=True):
+            stack.batches = batches
+
+
+def _takes_batches(stack: ConvStack, input: Tensor) -> bool:
+    """Whether one convolution may take several batches: the kernels know it, and no process waits for another."""
+    return _backend_of(input) == "cpu" and not any(isinstance(m, nn.SyncBatchNorm) for m in stack.modules())
+
+
+def _cut(input: Tensor, batches: int) -> list[Tensor]:
+    """The batches in `input`, as views of their own: modules that work in place refuse those of `chunk`."""
+    if len(input) % batches:
+        raise ValueError(f"ConvStack: {batches} batches of one size expected, got {len(input)} images")
+    size = len(input) // batches
+    return [input[first : first + size] for first in range(0, len(input), size)]
 
 
 def _run_apart(name: str, module: nn.Module, input: Tensor) -> Tensor:
@@ -61,14 +103,15 @@ def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
     return input
 
 
-def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool) -> Tensor:
+def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool, batches: int) -> Tensor:
     """Every stretch of blocks that the kernels know as one unit, the blocks between by operations."""
     kernels = import_module(f"fastgan.nn.stack_{_backend_of(input)}")
     marked = [(block, kernels.why_not_block(block, input) is None) for block in blocks]
     for known, pairs in groupby(marked, lambda pair: pair[1]):
         stretch = [block for block, _ in pairs]
         if known:
-            input = run_blocks(kernels, stretch, input, recompute_first and stretch[0] is blocks[0])
+            again = recompute_first and stretch[0] is blocks[0]
+            input = run_blocks(kernels, stretch, input, recompute_first=again, batches=batches)
         else:
             input = _run_by_operations(stretch, input)
     return input
