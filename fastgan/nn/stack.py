@@ -16,7 +16,10 @@ class ConvStack(nn.Sequential):
     per forward. On CPU (float32, processors with AVX2) each run of blocks is one differentiable unit of
     fastgan's kernels: BatchNorm and activation are applied while the next convolution reads its input. Any other
     module, and a block whose modules have hooks, parametrisations or a type of their own, runs as it is; on other
-    devices and dtypes, under autocast and in compiled code each block runs as `conv_bn_act` or `conv_transpose_bn_act`.
+    devices and dtypes and in compiled code each block runs as `conv_bn_act` or `conv_transpose_bn_act`.
+
+    Under autocast to bfloat16, on processors where the library only emulates that type, the kernels compute in float32
+    and the result is rounded: more precise and faster than eager there, with float32 kept for backward.
 
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
     `fastgan.use_backend("eager")` turns the kernels off.
@@ -42,7 +45,10 @@ def _run_as_one_unit(blocks: list[Block], input: Tensor) -> Tensor:
         backends.enter_layer(block.name)
         operation = "conv_bn_act" if isinstance(block.conv, nn.Conv2d) else "conv_transpose_bn_act"
         backends.note(operation, input, backends.Decision("cpu", f"one unit from layer {blocks[0].name} on"))
-    return run_blocks(blocks, input)
+    if not torch.is_autocast_enabled("cpu"):
+        return run_blocks(blocks, input)
+    with torch.autocast("cpu", enabled=False):
+        return run_blocks(blocks, input.float()).to(torch.get_autocast_dtype("cpu"))
 
 
 def why_unfused(input: Tensor) -> str | None:
@@ -54,8 +60,13 @@ def why_unfused(input: Tensor) -> str | None:
         return f"backend {backend!r} has no fused stack"
     if input.device.type != "cpu" or type(input) not in (Tensor, nn.Parameter):
         return "the input is not a plain CPU tensor"
-    if input.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
-        return "the kernels compute in float32 without autocast"
+    autocast = torch.is_autocast_enabled("cpu")
+    if autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return "autocast to another dtype than bfloat16"
+    if autocast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "the library computes in bfloat16 here, the kernels in float32"
+    if input.dtype not in (torch.float32, torch.float64) and not (autocast and input.dtype == torch.bfloat16):
+        return "the kernels compute in float32"
     if input.dtype == torch.float64 and backend is None:
         return "float64 takes the kernels only where backend 'cpu' is asked for"
     if torch._C._are_functorch_transforms_active():
