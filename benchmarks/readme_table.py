@@ -120,14 +120,14 @@ def memory() -> str:
 
 def layers() -> str:
     """Each layer and pass on the CPU kernels beside the library, channels-last."""
-    found = [row for row in pairs("layers") if row["name"].endswith("-cpu")]
+    found = [row for row in pairs("layers") if row["provider"] == "cpu"]
     heads = ["pass", "layer", "ms", "GFLOP/s", "share of peak", "times the library"]
     return table(
         heads,
         [
             [
                 row["group"],
-                row["name"].removesuffix("-cpu").removeprefix(row["group"] + "-"),
+                row["name"],
                 f"{1e3 * row['seconds']:.2f}",
                 f"{row['GFLOP/s']:.0f}",
                 f"{100 * row['share of peak']:.0f} %",
@@ -141,11 +141,12 @@ def layers() -> str:
 def operations() -> str:
     """Each operation and competitor beside its reference."""
     return table(
-        ["operation", "case", "ms", "times the reference", "share of copy bandwidth"],
+        ["operation", "case", "backend", "ms", "times the reference", "share of copy bandwidth"],
         [
             [
                 row["group"],
                 row["name"],
+                row["provider"],
                 f"{1e3 * row['seconds']:.3f}",
                 str(Interval(*row["times_reference"])),
                 f"{100 * row['share of copy']:.0f} %" if "share of copy" in row else "-",
