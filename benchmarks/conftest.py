@@ -125,6 +125,5 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(text)
     if file := config.getoption("rows"):
         device = torch.device(config.getoption("device"))
-        data = {"environment": environment(device), "peaks": peaks(device), "rows": rows}
-        data["environment"]["command"] = "pytest " + " ".join(config.invocation_params.args)
+        data = {"environment": environment(device, "pytest"), "peaks": peaks(device), "rows": rows}
         Path(file).write_text(json.dumps(data, indent=1) + "\n")

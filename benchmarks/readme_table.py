@@ -172,15 +172,23 @@ def default_run() -> str:
 
 def measured_on() -> str:
     """Machine, versions and commits of the steps."""
-    said = []
-    for data in step_data():
-        env, peaks = data["environment"], ", ".join(f"{rate:.0f} {name}" for name, rate in data["peaks"].items())
-        text = f"{env['machine']} ({env['capability']}; measured peaks {peaks}), PyTorch {env['versions']['torch']}"
-        said.append(f"- {text}, commit {env['commit']}: `{env['command']}`")
-    return "\n".join(said)
+    found = step_data()
+    env, best = found[0]["environment"], best_of(*(data["peaks"] for data in found))
+    peaks = ", ".join(f"{rate:.0f} {name}" for name, rate in best.items())
+    commits = ", ".join(sorted({data["environment"]["commit"] for data in found}))
+    return (
+        f"Measured on {env['machine']} ({env['capability']}; measured peaks: {peaks}) with PyTorch "
+        f"{env['versions']['torch']}, commits {commits}."
+    )
 
 
-TABLES = {f.__name__.replace("_", "-"): f for f in (speed, steps, memory, layers, operations, default_run, measured_on)}
+def commands() -> str:
+    """What wrote the data."""
+    every = [json.loads(path.read_text())["environment"] for path in sorted(RESULTS.glob("*.json"))]
+    return "\n".join(f"- `{env['command']}` at {env['commit']}" for env in every)
+
+
+TABLES = {f.__name__.replace("_", "-"): f for f in (speed, steps, memory, layers, operations, default_run, measured_on, commands)}
 
 
 def written(text: str) -> str:
@@ -192,14 +200,10 @@ def written(text: str) -> str:
     return re.sub(rf"<!-- ({'|'.join(TABLES)}) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
-def machine() -> str:
-    return step_data()[0]["environment"]["machine"]
-
-
 def main() -> None:
     for page in PAGES:
         page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
-    plot.draw(step_rows(), machine(), PICTURE)
+    plot.draw(step_rows(), step_data()[0]["environment"]["machine"], PICTURE)
 
 
 if __name__ == "__main__":
