@@ -38,6 +38,8 @@ def pairs(name: str) -> list[dict]:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "No data committed yet."
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
