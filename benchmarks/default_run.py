@@ -42,8 +42,7 @@ def main() -> None:
     for backend, values in rates.items():
         print(f"{backend:<6}{median_interval(values)} images/s")
     if options.json is not None:
-        data = environment(torch.device("cpu"))
-        data["command"] = " ".join(["python", "benchmarks/default_run.py", *sys.argv[1:]])
+        data = environment(torch.device("cpu"), "python benchmarks/default_run.py")
         rows = [{"backend": backend, "images_per_second": values} for backend, values in rates.items()]
         options.json.write_text(json.dumps({"environment": data, "rows": rows}, indent=1) + "\n")
 

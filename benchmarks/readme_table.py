@@ -38,6 +38,8 @@ def pairs(name: str) -> list[dict]:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "No data committed yet."
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -120,14 +122,14 @@ def memory() -> str:
 
 def layers() -> str:
     """Each layer and pass on the CPU kernels beside the library, channels-last."""
-    found = [row for row in pairs("layers") if row["name"].endswith("-cpu")]
+    found = [row for row in pairs("layers") if row["provider"] == "cpu"]
     heads = ["pass", "layer", "ms", "GFLOP/s", "share of peak", "times the library"]
     return table(
         heads,
         [
             [
                 row["group"],
-                row["name"].removesuffix("-cpu").removeprefix(row["group"] + "-"),
+                row["name"],
                 f"{1e3 * row['seconds']:.2f}",
                 f"{row['GFLOP/s']:.0f}",
                 f"{100 * row['share of peak']:.0f} %",
@@ -141,11 +143,12 @@ def layers() -> str:
 def operations() -> str:
     """Each operation and competitor beside its reference."""
     return table(
-        ["operation", "case", "ms", "times the reference", "share of copy bandwidth"],
+        ["operation", "case", "backend", "ms", "times the reference", "share of copy bandwidth"],
         [
             [
                 row["group"],
                 row["name"],
+                row["provider"],
                 f"{1e3 * row['seconds']:.3f}",
                 str(Interval(*row["times_reference"])),
                 f"{100 * row['share of copy']:.0f} %" if "share of copy" in row else "-",
@@ -171,15 +174,26 @@ def default_run() -> str:
 
 def measured_on() -> str:
     """Machine, versions and commits of the steps."""
-    said = []
-    for data in step_data():
-        env, peaks = data["environment"], ", ".join(f"{rate:.0f} {name}" for name, rate in data["peaks"].items())
-        text = f"{env['machine']} ({env['capability']}; measured peaks {peaks}), PyTorch {env['versions']['torch']}"
-        said.append(f"- {text}, commit {env['commit']}: `{env['command']}`")
-    return "\n".join(said)
+    found = step_data()
+    env, best = found[0]["environment"], best_of(*(data["peaks"] for data in found))
+    peaks = ", ".join(f"{rate:.0f} {name}" for name, rate in best.items())
+    commits = ", ".join(sorted({data["environment"]["commit"] for data in found}))
+    return (
+        f"Measured on {env['machine']} ({env['capability']}; measured peaks: {peaks}) with PyTorch "
+        f"{env['versions']['torch']}, commits {commits}."
+    )
 
 
-TABLES = {f.__name__.replace("_", "-"): f for f in (speed, steps, memory, layers, operations, default_run, measured_on)}
+def commands() -> str:
+    """What wrote the data."""
+    every = [json.loads(path.read_text())["environment"] for path in sorted(RESULTS.glob("*.json"))]
+    return "\n".join(f"- `{env['command']}` at {env['commit']}" for env in every)
+
+
+TABLES = {
+    f.__name__.replace("_", "-"): f
+    for f in (speed, steps, memory, layers, operations, default_run, measured_on, commands)
+}
 
 
 def written(text: str) -> str:
@@ -191,14 +205,10 @@ def written(text: str) -> str:
     return re.sub(rf"<!-- ({'|'.join(TABLES)}) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
-def machine() -> str:
-    return step_data()[0]["environment"]["machine"]
-
-
 def main() -> None:
     for page in PAGES:
         page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
-    plot.draw(step_rows(), machine(), PICTURE)
+    plot.draw(step_rows(), step_data()[0]["environment"]["machine"], PICTURE)
 
 
 if __name__ == "__main__":

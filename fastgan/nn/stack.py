@@ -4,8 +4,8 @@ backend can, with the activation deferred into the next convolution and one tens
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from functools import partial
+from importlib import import_module
 from itertools import groupby
 
 import torch
