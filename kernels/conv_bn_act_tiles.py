@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 _HALVES = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 3))
 _TF32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3))
 # Without tensor cores (fp32 in full, fp64 for tests) operands live in registers: small tiles.
-_PLAIN = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))
+_PLAIN = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
 
 
 @cache

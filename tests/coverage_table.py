@@ -87,7 +87,9 @@ def convolution_rows(compiled: set[str], row) -> list[str]:
             continue
         for dtype in test_conv_bn_act_triton.PARAMETERS["dtype"]:
             short = SHORT[str(dtype).removeprefix("torch.")]
-            here = any(f"{compiled_as} {form}" in compiled for form in ((short, "tf32") if short == "fp32" else (short,)))
+            here = any(
+                f"{compiled_as} {form}" in compiled for form in ((short, "tf32") if short == "fp32" else (short,))
+            )
             lines.append(row(name, dtype, "channels-last", True, here, dtype in traced))
     return lines
 
