@@ -86,7 +86,7 @@ def _convolve_kernel(
         at = row[:, None] + ((r * move_r * width + s * move_s) * channels + c)[None, :]
         a = tl.load(value + at, inside, 0.0)
         b = tl.load(second + at, inside, 0.0) if OPERAND == "gradient" else a
-        a = _operand(a, b, constants, c[None, :], known[None, :], channels, inside, OPERAND, SLOPE)
+        a = _operand(a, b, constants, c[None, :], known[None, :], channels, inside, OPERAND, SLOPE, ACC)
         of_weight = c * per_channel + (r0 + r * STEP[0]) * per_row + (s0 + s * STEP[1]) * per_column
         matrix = tl.load(
             weight + of_weight[:, None] + (n * per_out_channel)[None, :], known[:, None] & real[None, :], 0.0

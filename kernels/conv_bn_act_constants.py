@@ -8,7 +8,7 @@ import triton.language as tl
 from fastgan.kernels.launch import launch
 from torch import Tensor
 
-CHANNELS, TILES = 8, 256  # 32 bytes of a row, one sector; programs enough for a few channels
+CHANNELS, TILES = 8, 128  # 32 bytes of a row, one sector; programs enough for a few channels
 
 
 @triton.jit

@@ -115,15 +115,16 @@ def tensor_core_facts(compiled) -> dict[str, int]:
 
 def of_architecture(architecture: int) -> dict[str, dict[str, int]]:
     found = {name: facts(compile_kernel(*what, architecture)) for name, *what in variants()}
-    for name, launch in launches().items():
+    for name, launch in launches(architecture).items():
         compiled = compile_launch(launch, architecture)
         found[name] = {**facts(compiled), **(tensor_core_facts(compiled) if "BK" in launch.constants else {})}
     return {f"sm_{architecture} {name}": value for name, value in found.items()}
 
 
 def main() -> None:
+    slowest_first = sorted(ARCHITECTURES, reverse=True)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        found = {name: value for part in pool.map(of_architecture, ARCHITECTURES) for name, value in part.items()}
+        found = {name: value for part in pool.map(of_architecture, slowest_first) for name, value in part.items()}
     print(json.dumps(found))
     if sys.argv[1:] == ["--write"]:
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in found.items())

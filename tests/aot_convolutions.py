@@ -5,7 +5,7 @@ that what is compiled ahead of time is what a card would be given, tiles and spe
 from typing import Any, NamedTuple
 
 import torch
-from fastgan.kernels import conv_bn_act, conv_bn_act_constants, conv_bn_act_wgrad
+from fastgan.kernels import conv_bn_act, conv_bn_act_constants, conv_bn_act_tiles, conv_bn_act_wgrad
 from torch import Tensor
 
 from fastgan.ops.conv_bn_act_eager import Geometry
@@ -42,8 +42,9 @@ def _recorded(kernel, args: tuple, meta: dict[str, Any]) -> Launch:
     return Launch(kernel, signature, constants, attributes, options)
 
 
-def launches() -> dict[str, Launch]:
-    """Every kernel by what it does in which layer."""
+def launches(architecture: int) -> dict[str, Launch]:
+    """Every kernel by what it does in which layer, with the tiles of the architecture."""
+    conv_bn_act_tiles.capability = lambda _: architecture // 10
     seen: list[Launch] = []
     kept = {module: module.launch for module in MODULES}
     for module in MODULES:

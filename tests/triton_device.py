@@ -1,13 +1,15 @@
 """Where the Triton tests run: on the card under `pytest -m gpu`, else on the CPU under the mended interpreter."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
-import triton
 
 if torch.cuda.is_available():
     DEVICE, MARKS = "cuda", [pytest.mark.gpu]
 else:
-    OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    # Not from the module: Triton's own device functions see at its import whether they are interpreted.
+    OLD = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
     if not OLD:  # a newer one that is not the mended one is an error
         import interpreter  # noqa: F401
     from fastgan.kernels import conv_bn_act_tiles as tiles
