@@ -73,9 +73,11 @@ def part(dtype, backend: str, penalty: bool) -> list[Tensor]:
     return results
 
 
-@pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
+# Second gradients of a whole network cancel so far that fp32 says little about them: fp64 does, through the kernels too.
+@pytest.mark.parametrize(
+    ("dtype", "penalty"), [(torch.float32, False), (torch.float64, False), (torch.float64, True)], ids=str
+)
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_two_processes_are_one(pair, dtype, backend, penalty):
     if backend == "cpu" and torch.ops.fastgan_cpu.instruction_set() == "plain":
         pytest.skip("this processor has no AVX2: stacks run module by module here")
@@ -89,7 +91,7 @@ def test_two_processes_are_one(pair, dtype, backend, penalty):
         if dtype == torch.float64 and got.is_floating_point():
             torch.testing.assert_close(got, truth[index], rtol=1e-9, atol=1e-9)
         elif got.is_floating_point():  # a whole network multiplies the errors of its layers
-            assert_as_right_as_torch(got, own[index], truth[index], f"tensor {index}", factor=6.0)
+            assert_as_right_as_torch(got, own[index], truth[index], f"tensor {index}", factor=4.0)
         else:
             assert torch.equal(got, truth[index])
 

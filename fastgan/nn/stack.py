@@ -20,8 +20,9 @@ class ConvStack(nn.Sequential):
     """`nn.Sequential(Conv2d | ConvTranspose2d, [BatchNorm2d], [LeakyReLU | ReLU], ...)`, faster.
 
     Construction, `state_dict`, indexing and results are those of `nn.Sequential`; running statistics are updated once
-    per forward. On CPU (float32, processors with AVX2) and by Triton on CUDA each run of blocks is one differentiable
-    unit of fastgan's kernels: BatchNorm and activation are applied while the next convolution reads its input. Any
+    per forward. On CPU (float32, processors with AVX2), and on CUDA where `fastgan.use_backend("triton")` asks for it
+    (its convolutions are not measured against the library's yet), each run of blocks is one differentiable unit of
+    fastgan's kernels: BatchNorm and activation are applied while the next convolution reads its input. Any
     other module, and a block whose modules have hooks, parametrisations or a type of their own, runs as it is; on other
     devices and dtypes and in compiled code each block runs as `conv_bn_act` or `conv_transpose_bn_act`.
 
@@ -127,8 +128,8 @@ def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool, bat
 
 
 def _backend_of(input: Tensor) -> str:
-    """The backend whose kernels the input's device, or a request, asks for."""
-    return backends.requested(None) or {"cpu": "cpu", "cuda": "triton"}.get(input.device.type, "eager")
+    """The backend that a request asks for, else the one that is measured faster on the input's device."""
+    return backends.requested(None) or {"cpu": "cpu"}.get(input.device.type, "eager")
 
 
 def why_unfused(input: Tensor) -> str | None:
@@ -136,6 +137,8 @@ def why_unfused(input: Tensor) -> str | None:
     if torch.compiler.is_compiling():
         return "compiled code takes the modules as they are"
     backend = _backend_of(input)
+    if input.is_cuda and backends.requested(None) is None:
+        return "on CUDA the library's convolutions run: the fused ones are not measured there; ask for backend 'triton'"
     if backend not in ("cpu", "triton"):
         return f"backend {backend!r} has no fused stack"
     if torch._C._are_functorch_transforms_active():
