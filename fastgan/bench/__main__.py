@@ -18,6 +18,9 @@ from fastgan.command import run_command
 from fastgan.errors import FastganError
 
 
+NOISY = 0.1  # share of the processors that others may take
+
+
 @dataclass
 class BenchConfig:
     """Measure training steps: images per second, and how many times as fast as PyTorch's DCGAN example.
@@ -113,6 +116,8 @@ def lines(row: results.Row, peaks: dict[str, float]) -> list[str]:
     for network, kept in row.get("kept_bytes", {}).get("fastgan", {}).items():
         eager = row["kept_bytes"]["tuned"][network]
         found.append(f"  {network}: {kept / 2**20:.1f} MiB kept for backward, {kept / eager:.2f} of eager's")
+    if (row["others"] or 0.0) > NOISY:
+        found.append(f"  others took {100 * row['others']:.0f} % of the processors: measure again on a quiet machine")
     found.append(f"  a run of {row['kimg']:.0f} kimg: {duration(results.run_seconds(row))}")
     return found
 
