@@ -207,7 +207,10 @@ def commands() -> str:
     return "\n".join(f"- `{env['command']}` at {env['commit']}" for env in every)
 
 
-TABLES = {f.__name__.replace("_", "-"): f for f in (speed, steps, options, memory, layers, operations, default_run, measured_on, commands)}
+TABLES = {
+    f.__name__.replace("_", "-"): f
+    for f in (speed, steps, options, memory, layers, operations, default_run, measured_on, commands)
+}
 
 
 def written(text: str) -> str:

@@ -132,6 +132,9 @@ def kernel(backend: str, name: str) -> Kernel:
         module = f"fastgan.kernels.{stem}"
         found = getattr(import_module(module), name, None) if find_spec(module) else None
     else:
+        module = f"fastgan.ops.{stem}_{backend}"  # where arguments have to be prepared for the library's operator
+        if find_spec(module) and hasattr(import_module(module), name):
+            return getattr(import_module(module), name)
         library = import_module("fastgan.library") if find_spec("fastgan.library") else None
         if library is None:
             raise BackendError(f"backend '{backend}': this build of fastgan has no C++ extension")

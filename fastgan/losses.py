@@ -139,8 +139,28 @@ def _image_gradient(logits: Tensor, images: Tensor) -> Tensor:
         raise FastganError(
             "gradient penalty: images must require grad before the discriminator sees them: images.requires_grad_()"
         )
+    if _is_compiled(logits):
+        raise FastganError(
+            "gradient penalty: the images went through code that torch.compile compiled with its default backend, and "
+            "PyTorch cannot differentiate that twice. Give the penalty the discriminator itself, not the compiled one "
+            "(GanStep: pass it uncompiled where r1, r2 or wgan_gp is used)"
+        )
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradient.flatten(1)
+
+
+def _is_compiled(output: Tensor) -> bool:
+    """Whether AOTAutograd compiled a function that `output` came through: its node, and only that, is of that name."""
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CompiledFunctionBackward":
+            return True
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def _same_shape(loss: str, real: Tensor, fake: Tensor) -> None:

@@ -1,13 +1,15 @@
 """Triton kernels of bn_act: statistics, apply, reduce, backward. The contract stands in
 `fastgan/backends.py`.
- Both layouts are dense matrices. Channels-last is [N*H*W, C], a channel per column; contiguous is [N*C, H*W],
+
+Both layouts are dense matrices. Channels-last is [N*H*W, C], a channel per column; contiguous is [N*C, H*W],
 a channel per row (row % C). The elementwise kernels walk that matrix in tiles. The reductions walk the part
 of it that belongs to their channels, a block of columns or every C-th row; each program adds up its tiles
 lane by lane, reduces once and stores a partial result, and a second small kernel combines the partial results
 in a fixed order. No atomics, so the bits are the same every time. The shape of a reduction's tile decides the
 order of its additions and is therefore never tuned.
- The slope is a compile-time constant: a network has one or two. Offsets are 64-bit at the start of a tile and
-32-bit within it.
+
+The slope is a compile-time constant: a network has one or two. Where a tile starts is counted in 64 bits, within it
+32 are enough, and save registers: `_shape_of_tile` gives long rows tiles of one row.
 """
 
 import torch
@@ -17,6 +19,7 @@ from fastgan.kernels.launch import launch
 from torch import Tensor
 
 TILE = 4096
+LONG_ROW = 1 << 24
 MAX_SPLITS = 128
 PROGRAMS = 1024
 WARPS = 4
@@ -52,21 +55,26 @@ def _through_activation(dz, v, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def _left(size, start, BLOCK: tl.constexpr):
+    """How many of a block's lanes lie before `size`, in 32 bits whatever the size."""
+    return tl.minimum(size - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
 def _tile(rows, columns, channels, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
-    """One program's tile: 64-bit start, 32-bit offsets, mask, and the channels along the axis that they vary
-    on."""
+    """One program's tile: 64-bit start, 32-bit offsets, mask, and the channels along the axis that they vary on."""
     column_tiles = tl.cdiv(columns, BL)
-    row = tl.program_id(0) // column_tiles * BR
-    column = tl.program_id(0) % column_tiles * BL
-    start = row.to(tl.int64) * columns + column
+    row = (tl.program_id(0) // column_tiles).to(tl.int64) * BR
+    column = (tl.program_id(0) % column_tiles).to(tl.int64) * BL
+    start = row * columns + column
     r, c = tl.arange(0, BR), tl.arange(0, BL)
-    offsets = r[:, None] * columns + c[None, :]
-    inside_rows, inside_columns = row + r < rows, column + c < columns
+    inside_rows, inside_columns = r < _left(rows, row, BR), c < _left(columns, column, BL)
     inside = inside_rows[:, None] & inside_columns[None, :]
+    offsets = r[:, None] * columns + c[None, :]
     if CHANNELS_LAST:
-        return start, offsets, inside, (column + c)[None, :], inside_columns[None, :]
+        return start, offsets, inside, (column.to(tl.int32) + c)[None, :], inside_columns[None, :]
     else:
-        return start, offsets, inside, ((row + r) % channels)[:, None], inside_rows[:, None]
+        return start, offsets, inside, (((row % channels).to(tl.int32) + r) % channels)[:, None], inside_rows[:, None]
 
 
 @triton.jit
@@ -124,7 +132,7 @@ def _walk(rows, columns, channels, per_split, CHANNELS_LAST: tl.constexpr, BR: t
 
 @triton.jit
 def _part(t, rows, columns, channels, column_tiles, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
-    """Tile t of a program's channels: 64-bit start, 32-bit offsets, mask."""
+    """Tile t of a program's channels: 64-bit start, offsets, mask."""
     row, r, c = t // column_tiles * BR, tl.arange(0, BR), tl.arange(0, BL)
     if CHANNELS_LAST:
         column = tl.program_id(0) * BL
@@ -135,7 +143,8 @@ def _part(t, rows, columns, channels, column_tiles, CHANNELS_LAST: tl.constexpr,
         column = t % column_tiles * BL
         start = (row.to(tl.int64) * channels + tl.program_id(0)) * columns + column
         inside = (row + r < rows)[:, None] & (column + c < columns)[None, :]
-        return start, r[:, None] * (channels * columns) + c[None, :], inside
+        # From one row of a channel to the next lies a whole image.
+        return start, r.to(tl.int64)[:, None] * channels * columns + c[None, :], inside
 
 
 @triton.jit
@@ -266,7 +275,7 @@ def _matrix(y: Tensor) -> tuple[bool, int, int]:
 
 def _shape_of_tile(columns: int, widest: int) -> dict[str, int]:
     width = min(triton.next_power_of_2(columns), widest)
-    return {"BR": max(TILE // width, 1), "BL": width}
+    return {"BR": max(TILE // width, 1) if columns < LONG_ROW else 1, "BL": width}
 
 
 def _acc(y: Tensor) -> tl.dtype:

@@ -86,7 +86,7 @@ def _convolve_kernel(
         at = row[:, None] + ((r * move_r * width + s * move_s) * channels + c)[None, :]
         a = tl.load(value + at, inside, 0.0)
         b = tl.load(second + at, inside, 0.0) if OPERAND == "gradient" else a
-        a = _operand(a, b, constants, c[None, :], known[None, :], channels, inside, OPERAND, SLOPE)
+        a = _operand(a, b, constants, c[None, :], known[None, :], channels, inside, OPERAND, SLOPE, ACC)
         of_weight = c * per_channel + (r0 + r * STEP[0]) * per_row + (s0 + s * STEP[1]) * per_column
         matrix = tl.load(
             weight + of_weight[:, None] + (n * per_out_channel)[None, :], known[:, None] & real[None, :], 0.0
@@ -115,15 +115,16 @@ def _convolve_kernel(
     stored = acc.to(y.dtype.element_ty)
     tl.store(y + at, stored, filled)
     if EPILOGUE == "statistics":
-        # Of the output as it is stored; the second pass over the tile also corrects the first one's mean.
+        # Of the output as it is stored. The mean keeps what rounding takes from it: far from 0 that is much.
         result = tl.where(filled, stored.to(ACC), 0.0)
         count = tl.sum(exists.to(ACC), 0)
         mean = tl.sum(result, 0) / tl.maximum(count, 1.0)
         deviation = tl.where(filled, result - mean[None, :], 0.0)
         rest = tl.sum(deviation, 0) / tl.maximum(count, 1.0)
         tl.store(parts + part, count + tl.zeros_like(mean), real)
-        tl.store(parts + every + part, mean + rest, real)
+        tl.store(parts + every + part, mean, real)
         tl.store(parts + 2 * every + part, tl.sum(deviation * deviation, 0) - count * rest * rest, real)
+        tl.store(parts + 3 * every + part, rest, real)
 
 
 # --- the host's part ------------------------------------------------------------------------------
@@ -154,10 +155,10 @@ def convolve(
     tile = tile_of(value, precision, images * pixels, out_channels, positions * channels, phases)
     fold = channels < tile.depth
     tiles = triton.cdiv(images * pixels, tile.rows)
-    y = value.new_empty((images, out_channels, *size)).to(memory_format=torch.channels_last)
-    parts = y.new_empty(
-        (0 if epilogue == "store" else 3 if statistics else 2, phases * tiles, out_channels), dtype=sums
-    )
+    shape = (images, out_channels, *size)
+    y = torch.empty(shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last)
+    rows = {"store": 0, "statistics": 4}.get(epilogue, 2)
+    parts = y.new_empty((rows, phases * tiles, out_channels), dtype=sums)
     if y.numel() == 0:
         return y, parts
     matrix = weight.contiguous(memory_format=torch.channels_last)

@@ -8,7 +8,19 @@ import triton.language as tl
 from fastgan.kernels.launch import launch
 from torch import Tensor
 
-CHANNELS, TILES = 8, 256  # 32 bytes of a row, one sector; programs enough for a few channels
+CHANNELS, TILES = 8, 128  # 32 bytes of a row, one sector; programs enough for a few channels
+
+
+@triton.jit
+def _some_tiles(parts, pivot, start, tiles, channels, c, known, BT: tl.constexpr):
+    """Of BT tiles: counts, means as deviations from the pivot, and m2."""
+    t = start + tl.arange(0, BT)
+    inside = (t < tiles)[:, None] & known[None, :]
+    at = t[:, None] * channels + c[None, :]
+    n = tl.load(parts + at, inside, 0.0)
+    mean = tl.load(parts + tiles * channels + at, inside, 0.0)
+    rest = tl.load(parts + 3 * tiles * channels + at, inside, 0.0)
+    return n, mean - pivot[None, :] + rest, tl.load(parts + 2 * tiles * channels + at, inside, 0.0)
 
 
 @triton.jit
@@ -28,22 +40,16 @@ def _forward_kernel(
         counts = tl.zeros((BC,), ACC)
         shifted = tl.zeros((BC,), ACC)
         for start in range(0, tiles, BT):
-            t = start + tl.arange(0, BT)
-            inside = (t < tiles)[:, None] & known[None, :]
-            at = t[:, None] * channels + c[None, :]
-            n = tl.load(parts + at, inside, 0.0)
+            n, deviation, _ = _some_tiles(parts, pivot, start, tiles, channels, c, known, BT)
             counts += tl.sum(n, 0)
-            shifted += tl.sum(n * (tl.load(parts + tiles * channels + at, inside, 0.0) - pivot[None, :]), 0)
+            shifted += tl.sum(n * deviation, 0)
         shift = shifted / tl.maximum(counts, 1.0)
         mean = pivot + shift
         m2 = tl.zeros((BC,), ACC)
         for start in range(0, tiles, BT):
-            t = start + tl.arange(0, BT)
-            inside = (t < tiles)[:, None] & known[None, :]
-            at = t[:, None] * channels + c[None, :]
-            n = tl.load(parts + at, inside, 0.0)
-            apart = tl.load(parts + tiles * channels + at, inside, 0.0) - pivot[None, :] - shift[None, :]
-            m2 += tl.sum(tl.load(parts + 2 * tiles * channels + at, inside, 0.0) + n * apart * apart, 0)
+            n, deviation, spread = _some_tiles(parts, pivot, start, tiles, channels, c, known, BT)
+            apart = deviation - shift[None, :]
+            m2 += tl.sum(spread + n * apart * apart, 0)
         var = m2 / tl.maximum(counts, 1.0)
         if RUNNING:
             m = tl.full((BC,), momentum, ACC)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 @triton.jit
-def _operand(value, second, constants, channel, known, channels, inside, KIND: tl.constexpr, SLOPE: tl.constexpr):
+def _operand(value, second, constants, channel, known, channels, inside, KIND: tl.constexpr, SLOPE: tl.constexpr,
+             ACC: tl.constexpr):  # fmt: skip
     """What a convolution multiplies, from what is stored; `channel` and `known` run along the channels' axis.
 
     plain: a. activation: phi(s*(a - mu) + beta). leaky: phi(a). gradient: A*a + B*(b - mu) + C. The zeros of the
@@ -19,7 +20,7 @@ def _operand(value, second, constants, channel, known, channels, inside, KIND: t
     if KIND == "plain":
         return value
     elif KIND == "leaky":
-        return _activate(value, SLOPE)
+        return _activate(value.to(ACC), SLOPE).to(value.dtype)
     else:
         first = tl.load(constants + channel, known, 0.0)
         scale = tl.load(constants + channels + channel, known, 0.0)

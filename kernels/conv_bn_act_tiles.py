@@ -27,10 +27,12 @@ class Tile(NamedTuple):
 
 # Halves: 64 deep is 128 bytes, one line of shared memory; 8 warps are the two warpgroups that wgmma wants on sm_90 and
 # keep the accumulator of 128 x 128 within 64 registers a thread. sm_80 has fewer bytes of shared memory for as many.
-_HALVES = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4))
-_TF32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 4), Tile(64, 32, 32, 4, 4))
+_HALVES = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 32, 64, 4, 3))
+# sm_100 accumulates in tensor memory: half the warps of the narrower tile have the registers that 8 lack there.
+_HALVES_SM100 = (_HALVES[0], _HALVES[1]._replace(warps=4), *_HALVES[2:])
+_TF32 = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3), Tile(64, 32, 32, 4, 3))
 # Without tensor cores (fp32 in full, fp64 for tests) operands live in registers: small tiles.
-_PLAIN = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))
+_PLAIN = (Tile(64, 64, 16, 4, 2), Tile(32, 32, 16, 4, 2))
 
 
 @cache
@@ -44,16 +46,26 @@ def multiprocessors(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device.index or 0) if real else 132
 
 
-def candidates(dtype: torch.dtype, precision: str) -> tuple[Tile, ...]:
-    """The list for a dtype, widest first."""
+@cache
+def _capability(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+def capability(tensor: Tensor) -> int:
+    """The major compute capability of the tensor's device; an H100's without a device."""
+    return _capability(tensor.device.index or 0) if tensor.is_cuda and torch.cuda.is_available() else 9
+
+
+def candidates(dtype: torch.dtype, precision: str, capability: int) -> tuple[Tile, ...]:
+    """The list for a dtype and a card, widest first."""
     if dtype in (torch.float16, torch.bfloat16):
-        return _HALVES
+        return _HALVES_SM100 if capability >= 10 else _HALVES
     return _TF32 if dtype == torch.float32 and precision == "tf32" else _PLAIN
 
 
 def tile_of(value: Tensor, precision: str, rows: int, columns: int, depth: int, copies: int = 1) -> Tile:
     """The tile for a product of `rows` x `columns` with `depth` multiplications each, computed `copies` times over."""
-    for tile in candidates(value.dtype, precision):
+    for tile in candidates(value.dtype, precision, capability(value)):
         tile = tile._replace(
             rows=_extent(rows, tile.rows), columns=_extent(columns, tile.columns), depth=_extent(depth, tile.depth)
         )

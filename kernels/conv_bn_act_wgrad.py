@@ -47,7 +47,7 @@ def _weight_gradient_kernel(
         at = ((image * small_height + i) * small_width + j)[:, None] * small_channels + f[None, :]
         a = tl.load(small + at, inside, 0.0)
         b = tl.load(small_second + at, inside, 0.0) if SMALL == "gradient" else a
-        a = _operand(a, b, small_constants, f[None, :], real_f, small_channels, inside, SMALL, SMALL_SLOPE)
+        a = _operand(a, b, small_constants, f[None, :], real_f, small_channels, inside, SMALL, SMALL_SLOPE, ACC)
 
         i, j = i * STRIDE[0], j * STRIDE[1]
         h, w = i[:, None] + r[None, :], j[:, None] + s[None, :]
@@ -55,7 +55,7 @@ def _weight_gradient_kernel(
         at = (((image * height + i) * width + j) * large_channels)[:, None] + beside
         c = tl.load(large + at, inside, 0.0)
         d = tl.load(large_second + at, inside, 0.0) if LARGE == "gradient" else c
-        c = _operand(c, d, large_constants, g[None, :], real_g, large_channels, inside, LARGE, LARGE_SLOPE)
+        c = _operand(c, d, large_constants, g[None, :], real_g, large_channels, inside, LARGE, LARGE_SLOPE, ACC)
         acc = tl.dot(tl.trans(a), c, acc, input_precision=PRECISION, out_dtype=ACC)
 
     at = (tl.program_id(1).to(tl.int64) * small_channels + f)[:, None] * all_columns + column[None, :]

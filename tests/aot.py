@@ -10,11 +10,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
+from aot_convolutions import launches
 from aot_facts import BUDGET
 from fastgan.kernels import bn_act, gan_bce
 from triton.backends.compiler import GPUTarget
@@ -77,8 +79,16 @@ def compile_kernel(kernel, constants, dtype, architecture):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": bn_act.WARPS})
 
 
+def compile_launch(launch, architecture):
+    source = ASTSource(
+        fn=launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=launch.attributes
+    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
+
+
 def facts(compiled) -> dict[str, int]:
-    """Registers, spilled bytes (stack), shared memory, and the widths of global loads and stores in the PTX."""
+    """Registers, spilled bytes (stack), shared memory; in the PTX the widths of global loads and stores, matrix
+    instructions of the tensor cores and asynchronous copies to shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -95,12 +105,26 @@ def facts(compiled) -> dict[str, int]:
     }
 
 
-def main() -> None:
-    found = {
-        f"sm_{architecture} {name}": facts(compile_kernel(kernel, constants, dtype, architecture))
-        for architecture in ARCHITECTURES
-        for name, kernel, constants, dtype in variants()
+def tensor_core_facts(compiled) -> dict[str, int]:
+    ptx = compiled.asm["ptx"]
+    return {
+        "matrix instructions": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
+        "asynchronous copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
     }
+
+
+def of_architecture(architecture: int) -> dict[str, dict[str, int]]:
+    found = {name: facts(compile_kernel(*what, architecture)) for name, *what in variants()}
+    for name, launch in launches(architecture).items():
+        compiled = compile_launch(launch, architecture)
+        found[name] = {**facts(compiled), **(tensor_core_facts(compiled) if "BK" in launch.constants else {})}
+    return {f"sm_{architecture} {name}": value for name, value in found.items()}
+
+
+def main() -> None:
+    slowest_first = sorted(ARCHITECTURES, reverse=True)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = {name: value for part in pool.map(of_architecture, slowest_first) for name, value in part.items()}
     print(json.dumps(found))
     if sys.argv[1:] == ["--write"]:
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in found.items())

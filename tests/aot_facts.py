@@ -6,11 +6,14 @@ SCRIPT = Path(__file__).parent / "aot.py"
 BUDGET = Path(__file__).parent / "aot_budget.json"
 
 
+AT_LEAST = ("loads of 16 bytes", "stores of 16 bytes", "matrix instructions", "asynchronous copies")
+
+
 def excess(found: dict[str, int], budget: dict[str, int]) -> list[str]:
-    """What is above its budget, or, of the wide loads and stores, below it. A stack is a spill: none is allowed."""
+    """What is above its budget, or, of what is wanted, below it. A stack is a spill: none is allowed."""
     limits = {**budget, "stack": 0}
     return [
         f"{key} {found[key]}, budget {limit}"
         for key, limit in limits.items()
-        if (found[key] < limit if "16 bytes" in key else found[key] > limit)
+        if (found[key] < limit if key in AT_LEAST else found[key] > limit)
     ]

@@ -67,6 +67,30 @@ def rows() -> list[str]:
         )
         for dtype in losses["dtype"]
     ]  # fmt: skip
+    return lines + convolution_rows(compiled, row)
+
+
+def convolution_rows(compiled: set[str], row) -> list[str]:
+    """Of the convolutions that a run of blocks is made of, forward and backward, and the O(C) kernels between them."""
+    import test_conv_bn_act_triton
+    import test_traces
+
+    traced = _parameters(test_traces.test_each_backward_operation_on_fake_cuda)["dtype"]
+    built = {
+        "convolve": "conv_fwd", "weight_gradient": "conv_wgrad", "block_constants": "block_constants",
+        "block_gradient_constants": "block_gradient_constants",
+    }  # fmt: skip
+    lines = []
+    for name, compiled_as in built.items():
+        if name.startswith("block"):  # in the stat dtype, whatever the activations' is
+            lines.append(row(name, "float32", "any", True, compiled_as in compiled, True))
+            continue
+        for dtype in test_conv_bn_act_triton.PARAMETERS["dtype"]:
+            short = SHORT[str(dtype).removeprefix("torch.")]
+            here = any(
+                f"{compiled_as} {form}" in compiled for form in ((short, "tf32") if short == "fp32" else (short,))
+            )
+            lines.append(row(name, dtype, "channels-last", True, here, dtype in traced))
     return lines
 
 

@@ -1,8 +1,10 @@
 """The Triton kernels of bn_act against the definition, kernel by kernel and through autograd."""
 
+import mmap
 from functools import partial
 
 import fastgan.kernels.bn_act as kernels
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,7 +79,9 @@ def verdict(module, name, several):
 
 
 def seeds(shape, name):
-    return range(8 if shape[1] < 8 and name in ("bn_stats", "bn_act_reduce") else 1)
+    """As many draws as give 64 sums: of 8, one kernel's or PyTorch's luck decides (RMS ratios from 0.9 to 4.0 for the
+    same code were seen, with 64 of them 0.7 to 1.5, with 128 of them 0.9 to 1.1)."""
+    return range(-(-64 // shape[1]) if name in ("bn_stats", "bn_act_reduce") else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -259,21 +263,71 @@ def test_running_statistics_are_updated_once():
     torch.testing.assert_close(var, own_var)
 
 
-def test_past_two_to_the_31_elements():
-    """Only a view: strides over 2^32 elements of one number, read at both ends; addresses do not wrap."""
+@pytest.fixture
+def last_program(monkeypatch):
+    """`last_program(module, layout, statistics)`: run only the last program of a launch on a tensor of 2^32 elements.
+
+    Its memory is reserved, not used: addresses are real, and the interpreter checks each, but only pages that are
+    touched take room. Returns the tensor, and what the kernel wrote.
+    """
     if DEVICE == "cuda":
         pytest.skip("a card gets the real tensor of test_past_two_to_the_31_elements_for_real")
-    seen = []
-    launched = kernels.launch
-    try:
-        kernels.launch = lambda kernel, grid, tensor, *args, **meta: seen.append((grid, args, meta))
-        y = torch.empty(1, device="meta").expand(1 << 20, 64, 8, 8)
-        kernels._elementwise(kernels._apply_kernel, y)
-    finally:
-        kernels.launch = launched
-    ((grid, args, meta),) = seen
-    assert args == (1 << 26, 64, 64)
-    assert grid[0] * meta["BR"] * meta["BL"] == y.numel() == 1 << 32
+    import interpreter
+    import triton.language as tl
+
+    def sparse():
+        no_reserve = 0x4000  # Python names MAP_NORESERVE only from 3.13 on
+        memory = mmap.mmap(-1, 2 << 32, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+        return torch.frombuffer(memory, dtype=torch.bfloat16).view(4, 1024, 1024, 1024)
+
+    def run(module, layout, statistics):
+        y, z = sparse(), sparse()
+        if layout == "channels_last":
+            y, z = (t.view(4, 1024, 1024, 1024).permute(0, 3, 1, 2) for t in (y, z))
+        y[-1, :, -1, -1] = torch.linspace(-3, 5, 1024)
+        y[0, 0, 0, 0] = 7.0
+
+        def launch(kernel, grid, tensor, *args, **meta):
+            program = [size - 1 for size in grid]
+            monkeypatch.setattr(
+                interpreter.Builder,
+                "create_get_program_id",
+                lambda self, axis: interpreter.Handle(np.array([program[axis]], np.int32), tl.int32),
+            )
+            kernel[(1,)](*args, **meta)
+
+        for name, value in (("launch", launch), ("PROGRAMS", 1 << 30), ("MAX_SPLITS", 1 << 30)):
+            monkeypatch.setattr(module, name, value)
+        one = torch.ones(1024)
+        if statistics:
+            return y, module._per_channel(module._stats_kernel, y, 3, y)[1]
+        module._elementwise(module._apply_kernel, y, z, y, 0 * one, one, 2 * one, one, SLOPE=0.5)
+        return y, z
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_past_two_to_the_31_elements(last_program, layout):
+    y, z = last_program(kernels, layout, statistics=False)
+    v = 2 * y[-1, :, -1, -1].float() + 1
+    expected = torch.where(v > 0, v, v / 2).bfloat16()
+    assert torch.equal(z[-1, -4:, -1, -1], expected[-4:])
+    assert not z[0, 0, 0, :9].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_statistics_past_two_to_the_31_elements(last_program, layout):
+    y, (n, mean, _) = last_program(kernels, layout, statistics=True)
+    values = 64 if layout == "channels_last" else 4 * 1024  # a tile of 64 channels, or 4 images and 1,024 columns
+    assert n[-1, -1] == values
+    torch.testing.assert_close(mean[-1, -1], y[-1, -1, -1, -1].float() / values)
+
+
+def test_offsets_of_32_bits_are_caught(last_program, planted_kernels):
+    planted = planted_kernels(kernels, "r.to(tl.int64)[:, None] * channels", "r[:, None] * channels")
+    with pytest.raises(Exception, match="outside every tensor"):
+        last_program(planted, "contiguous", statistics=True)
 
 
 @pytest.mark.gpu

@@ -227,12 +227,36 @@ def test_where_the_kernels_do_not_apply():
     assert why_unfused(image) is None
     assert "float32" in why_unfused(image.bfloat16())
     assert "'eager' has no fused stack" in why_unfused(image.to("meta"))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert "autocast" in why_unfused(image)
-        assert ConvStack(*modules(3, 8))(image).dtype == torch.bfloat16
+        assert ConvStack(*modules(3, 8))(image).dtype == torch.float16
     with use_backend("eager"):
         assert "eager" in why_unfused(image)
     assert "float64" in why_unfused(image.double())
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_autocast_to_bfloat16_is_as_right_as_eager(network, monkeypatch):
+    torch.manual_seed(7)
+    made = Generator(32, 3, 20, 16) if network == "generator" else Discriminator(32, 3, 32)
+    input = torch.randn((8, 20) if network == "generator" else (8, 3, 32, 32))
+    truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    reset_counts()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outcome(made, input, "cpu")
+        assert counts()["cpu", "convolve"] > 0
+        own = outcome(made, input, "eager")
+    assert got[0].dtype == own[0].dtype
+    for index, triple in enumerate(zip(got, own, truth, strict=True)):
+        if triple[0].is_floating_point():
+            assert_as_right_as_torch(*triple, f"tensor {index}")
+
+
+def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "the library computes in bfloat16" in why_unfused(torch.randn(2, 3, 8, 8))
 
 
 def test_explain_names_each_block():

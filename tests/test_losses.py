@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastgan import losses
 from fastgan.errors import FastganError
+from fastgan.nn import Discriminator
 
 
 def logits(seed, n=7):
@@ -163,3 +164,27 @@ def test_interpolation_lies_between():
 def test_errors(call, message):
     with pytest.raises(FastganError, match=message):
         call()
+
+
+@pytest.mark.parametrize("penalty", [losses.gradient_penalty, losses.wgan_gradient_penalty])
+def test_a_penalty_through_compiled_code_says_what_to_do(penalty):
+    """PyTorch refuses the second derivative only in backward(), and does not say what to do."""
+    discriminator = Discriminator(16, 1, 4)
+    images = torch.randn(4, 1, 16, 16, requires_grad=True)
+    for compiled in (
+        torch.compile(discriminator, backend="aot_eager"),
+        torch.nn.Sequential(discriminator, torch.compile(torch.nn.Tanh(), backend="aot_eager")),
+    ):
+        with pytest.raises(FastganError, match="cannot differentiate that twice"):
+            penalty(compiled(images), images)
+    penalty(discriminator(images), images).backward()
+
+
+def test_pytorch_itself_refuses_second_derivatives_of_compiled_code():
+    """When this fails, PyTorch can differentiate compiled code twice, and the penalties need not refuse it."""
+    x = torch.randn(3, requires_grad=True)
+    y = torch.compile(torch.sin, backend="aot_eager")(x)
+    assert y.grad_fn.name() == "CompiledFunctionBackward"
+    (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        g.sum().backward()

@@ -15,6 +15,12 @@ from fastgan.nn import ConvStack
 SIZES = (2, 4)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Once and here: two processes would wait for one another's compiler."""
+    library.load("cpu")
+
+
 def network() -> nn.Sequential:
     """Blocks that the CPU kernels know, one with frozen statistics, one of the library, and a BatchNorm in no block."""
     torch.manual_seed(0)
@@ -58,7 +64,6 @@ def own_images(dtype) -> tuple[Tensor, int]:
 
 
 def part(dtype, backend: str, penalty: bool) -> list[Tensor]:
-    library.load("cpu")
     net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*network()).to(dtype))
     reset_counts()
     results = outcome(net, *own_images(dtype), backend, penalty)
@@ -72,10 +77,8 @@ def part(dtype, backend: str, penalty: bool) -> list[Tensor]:
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_two_processes_are_one(pair, dtype, backend, penalty):
-    if backend == "cpu":
-        library.load("cpu")
-        if torch.ops.fastgan_cpu.instruction_set() == "plain":
-            pytest.skip("this processor has no AVX2: stacks run module by module here")
+    if backend == "cpu" and torch.ops.fastgan_cpu.instruction_set() == "plain":
+        pytest.skip("this processor has no AVX2: stacks run module by module here")
     parts = pair(part, dtype, backend, penalty)
     truth = outcome(copy.deepcopy(network()).double(), all_images().double(), 0, "eager", penalty)
     own = outcome(network().to(dtype), all_images().to(dtype), 0, "eager", penalty)
@@ -113,28 +116,24 @@ def test_the_modules_process_group_is_respected(pair):
         torch.testing.assert_close(got, network()(images), rtol=1e-4, atol=1e-5)
 
 
-def wrapped() -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients and parameters after two steps under DistributedDataParallel."""
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*network()))
-    parallel = nn.parallel.DistributedDataParallel(net)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+def wrapped() -> list[Tensor]:
+    """How far DistributedDataParallel's gradients are from the mean of both processes' own, over two steps."""
     images, _ = own_images(torch.float32)
+    plain = ConvStack(*network())
+    parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    gaps = []
     for _ in range(2):
-        optimizer.zero_grad()
-        parallel(images).square().sum().backward()
-        optimizer.step()
-    return [p.grad for p in net.parameters()], [p.detach() for p in net.parameters()]
+        for net in (parallel, plain):
+            net.zero_grad()
+            net(images).square().sum().backward()
+        for got, parameter in zip(parallel.parameters(), plain.parameters(), strict=True):
+            dist.all_reduce(parameter.grad)
+            gaps.append((got.grad - parameter.grad / 2).abs().max() / parameter.grad.abs().max())
+    return gaps
 
 
 def test_distributed_data_parallel(pair):
-    """Its gradient hooks fire for parameters of a fused stack, each once, without find_unused_parameters."""
-    one, two = pair(wrapped)
-    assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
-    plain, images = network(), all_images()
-    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        (plain(images).square().sum() / 2).backward()  # the mean of two processes' sums
-        optimizer.step()
-    for got, parameter in zip(one[0], plain.parameters(), strict=True):
-        torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-4)
+    """Its gradient hooks fire for the parameters of a fused stack, each once, without find_unused_parameters. (With
+    SyncBatchNorm it refuses CPUs.)"""
+    for gaps in pair(wrapped):
+        assert max(gaps) < 1e-5

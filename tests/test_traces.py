@@ -1,8 +1,12 @@
 """The GPU code path without a GPU: fake CUDA tensors through the implementations, meta tensors through a whole step."""
 
+from collections import Counter
 from importlib import import_module
 
 import fastgan.kernels.bn_act as bn_act_kernels
+import fastgan.kernels.conv_bn_act as convolution_kernels
+import fastgan.kernels.conv_bn_act_constants as constant_kernels
+import fastgan.kernels.conv_bn_act_wgrad as weight_gradient_kernels
 import fastgan.kernels.gan_bce as gan_bce_kernels
 import pytest
 import torch
@@ -12,7 +16,8 @@ from triton_device import MARKS
 
 import fastgan
 from fastgan import backends, ops
-from fastgan.nn import Discriminator, Generator
+from fastgan.nn import Discriminator, Generator, stack_triton, unit
+from fastgan.nn.blocks import parts
 
 pytestmark = MARKS
 aten = torch.ops.aten
@@ -30,7 +35,8 @@ def launches(monkeypatch):
         assert all(0 < size < 2**31 for size in grid)
         seen.append(kernel.fn.__name__)
 
-    for module in (bn_act_kernels, gan_bce_kernels):
+    convolutions = (convolution_kernels, weight_gradient_kernels, constant_kernels)
+    for module in (bn_act_kernels, gan_bce_kernels, *convolutions):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(backends, "_is_compared", lambda tensor: False)
     with FakeTensorMode(), torch.device("cuda"):
@@ -84,6 +90,64 @@ def test_a_planted_item_is_caught_on_fake_cuda(launches, monkeypatch):
     monkeypatch.setattr(bn_act_module, "_statistics", lambda y, m, v, eps: original(y, m, v, eps + v.sum().item()))
     with pytest.raises(Exception, match=r"item|data-dependent|_local_scalar_dense"):
         bn_act_module._train(torch.empty(2, 3, 4, 4), None, None, 1e-5, 0.2, "triton")
+
+
+class Context:
+    """Stands in for autograd's, whose engine refuses CUDA tensors where there is no driver."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
+CONVOLVE = "_convolve_kernel"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_both_networks_on_fake_cuda_are_convolutions_and_constants(launches, network, dtype):
+    made = network_of(network, dtype)
+    input = torch.empty((4, 16) if network == "generator" else (4, 3, 32, 32), dtype=dtype)
+    with torch.no_grad():
+        output = made(input)
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in made.modules())
+    assert (output.device.type, output.dtype) == ("cuda", dtype)
+    assert Counter(launches) == {CONVOLVE: 4, "_forward_kernel": norms}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_each_backward_operation_on_fake_cuda(launches, network, dtype):
+    """Called directly: gradients of the input and of every parameter, with their shapes, dtypes and devices."""
+    made = network_of(network, dtype)
+    input = torch.empty((4, 16, 1, 1) if network == "generator" else (4, 3, 32, 32), dtype=dtype)
+    blocks = parts(made.main)[0][1]
+    parameters = [p for b in blocks for p in (b.conv.weight, b.conv.bias, *norm_parameters(b.norm))]
+    run = unit._Run(stack_triton, [unit._step(block) for block in blocks], dtype, False)
+    context = Context()
+    context.needs_input_grad = (False, True, *(p is not None for p in parameters))
+    with torch.no_grad():
+        output = unit._Blocks.forward(context, run, input, *parameters)
+        launches.clear()
+        _, *grads = unit._Blocks._backward(context, torch.empty_like(output))
+    norms = sum(block.norm is not None for block in blocks)
+    assert Counter(launches) == {CONVOLVE: 4, "_weight_gradient_kernel": 4, "_sum_kernel": 4, "_backward_kernel": norms}
+    for grad, tensor in zip(grads, (input, *parameters), strict=True):
+        assert (grad is None) == (tensor is None)
+        if tensor is not None:
+            assert (grad.shape, grad.dtype, grad.device) == (tensor.shape, tensor.dtype, tensor.device)
+
+
+def network_of(name, dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # fake parameters cannot be converted
+    try:
+        return Generator(32, 3, 16, 8) if name == "generator" else Discriminator(32, 3, 8)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def norm_parameters(norm):
+    return (None, None) if norm is None else (norm.weight, norm.bias)
 
 
 # --- a whole training step on meta tensors --------------------------------------------------------------------------

@@ -15,9 +15,10 @@ enum GradientRow { row_a, row_b, row_c, row_gradient_mean, gradient_rows };
 
 // A batch may hold several one after the other, each with a set of constants, and of sums, of its own.
 constexpr int64_t set_rows = 4;  // of a set of constants, of either kind
-template <class T>
-const T* constants_of(const T* constants, int64_t image, int64_t images_per_set, int64_t C) {
-  return constants ? constants + image / images_per_set * set_rows * C : nullptr;
+template <class Side>
+Side of_image(Side side, int64_t image, int64_t C) {
+  if (side.constants) side.constants += image / side.images_per_set * set_rows * C;
+  return side;
 }
 
 template <class T>
@@ -93,6 +94,18 @@ void operand_row(const Source<T>& s, int64_t C, int64_t at, int64_t pixels, T* o
   }
 }
 
+// The same for whichever kind of operand it is.
+template <class T>
+void operand_pixels(const Source<T>& s, int64_t C, int64_t at, int64_t pixels, T* out, int64_t out_channels) {
+  switch (s.kind) {
+    case Operand::activation: return operand_row<T, Operand::activation>(s, C, at, pixels, out, out_channels);
+    case Operand::gradient: return operand_row<T, Operand::gradient>(s, C, at, pixels, out, out_channels);
+    case Operand::plain:
+      if (out_channels == C) return (void)std::copy_n(s.a + at, pixels * C, out);
+      return operand_row<T, Operand::plain>(s, C, at, pixels, out, out_channels);
+  }
+}
+
 // Where an image stands in its padded working copy [rows][columns][channels]: from (border, border) on, 0 around it.
 // The zeros come after the prologue by construction.
 struct Frame {
@@ -102,8 +115,8 @@ struct Frame {
 };
 
 template <class T>
-void read_image(Source<T> s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, T* copy) {
-  s.constants = constants_of(s.constants, image, s.images_per_set, C);
+void read_image(const Source<T>& source, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, T* copy) {
+  Source<T> s = of_image(source, image, C);
   int64_t below = frame.rows - frame.border - H, right = frame.columns - frame.border - W;
   std::fill_n(copy, frame.border * frame.columns * frame.channels, T(0));
   std::fill_n(copy + frame.size() - below * frame.columns * frame.channels, below * frame.columns * frame.channels, T(0));
@@ -112,15 +125,7 @@ void read_image(Source<T> s, int64_t image, int64_t H, int64_t W, int64_t C, con
     int64_t at = (image * H + y) * W * C;
     std::fill_n(row - frame.border * frame.channels, frame.border * frame.channels, T(0));
     std::fill_n(row + W * frame.channels, right * frame.channels, T(0));
-    if (s.kind == Operand::plain && frame.channels == C) {
-      std::copy_n(s.a + at, W * C, row);
-    } else if (s.kind == Operand::plain) {
-      operand_row<T, Operand::plain>(s, C, at, W, row, frame.channels);
-    } else if (s.kind == Operand::activation) {
-      operand_row<T, Operand::activation>(s, C, at, W, row, frame.channels);
-    } else {
-      operand_row<T, Operand::gradient>(s, C, at, W, row, frame.channels);
-    }
+    operand_pixels(s, C, at, W, row, frame.channels);
   }
 }
 
@@ -181,21 +186,26 @@ void finish_block(const Sink<T>& s, const T* in, int64_t in_pixel, int64_t in_ro
   if (c < C) finish_lanes<T, kind>(s, in + c, in_pixel, in_row, at + c, rows, W, C, c, C - c, partial);
 }
 
+// The block of rows from y on; `in` is its first pixel.
 template <class T>
-void write_image(Sink<T> s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, const T* copy) {
-  s.constants = constants_of(s.constants, image, s.images_per_set, C);
-  int64_t step = block_rows(W);
-  for (int64_t y = 0, block = image * blocks_per_image(H, W); y < H; y += step, block++) {
-    int64_t rows = std::min(step, H - y), at = (image * H + y) * W * C;
-    const T* in = copy + frame.offset(y, 0);
-    T* partial = s.partial + block * 2 * C;
-    if (s.kind == Finish::statistics) {
-      finish_block<T, Finish::statistics>(s, in, frame.channels, frame.columns * frame.channels, at, rows, W, C, partial);
-    } else if (s.kind == Finish::backward) {
-      finish_block<T, Finish::backward>(s, in, frame.channels, frame.columns * frame.channels, at, rows, W, C, partial);
-    } else {
-      finish_block<T, Finish::plain>(s, in, frame.channels, frame.columns * frame.channels, at, rows, W, C, nullptr);
-    }
+void write_block(const Sink<T>& sink, int64_t image, int64_t H, int64_t W, int64_t C, int64_t y, const T* in,
+                 int64_t in_pixel, int64_t in_row) {
+  Sink<T> s = of_image(sink, image, C);
+  int64_t rows = std::min(block_rows(W), H - y), at = (image * H + y) * W * C;
+  T* partial = s.partial + (image * blocks_per_image(H, W) + y / block_rows(W)) * 2 * C;
+  switch (s.kind) {
+    case Finish::statistics: return finish_block<T, Finish::statistics>(s, in, in_pixel, in_row, at, rows, W, C, partial);
+    case Finish::backward: return finish_block<T, Finish::backward>(s, in, in_pixel, in_row, at, rows, W, C, partial);
+    case Finish::plain:
+      if (in_pixel != C) return finish_block<T, Finish::plain>(s, in, in_pixel, in_row, at, rows, W, C, nullptr);
+      for (int64_t r = 0; r < rows; r++) std::copy_n(in + r * in_row, W * C, s.out + at + r * W * C);
+  }
+}
+
+template <class T>
+void write_image(const Sink<T>& s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, const T* copy) {
+  for (int64_t y = 0; y < H; y += block_rows(W)) {
+    write_block(s, image, H, W, C, y, copy + frame.offset(y, 0), frame.channels, frame.columns * frame.channels);
   }
 }
 

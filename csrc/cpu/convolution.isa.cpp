@@ -4,6 +4,7 @@
 #include "cpu/parallel.h"
 #include "cpu/schemes.h"
 #include "cpu/scratch.h"
+#include "cpu/thin.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
@@ -38,8 +39,8 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
         const T* a = operand + ((point * in_panels * stride) + from / panel<T> * stride + first) * panel<T>;
         T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
         for (int64_t k = 0; k < deep; k += run) {
-          multiply_rows(a + k * stride, stride * panel<T>, u + point * point_stride + k * panel<T>, deep * panel<T>,
-                        std::min(run, deep - k), c, stride * panel<T>, last - o, count, from + k > 0);
+          multiply_rows(a + k * stride, panel_strides<T>(stride * panel<T>), u + point * point_stride + k * panel<T>, deep * panel<T>,
+                        std::min(run, deep - k), c, panel<T>, stride * panel<T>, last - o, count, from + k > 0);
         }
       }
     }
@@ -178,6 +179,23 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
   }
 }
 
+template <class T>
+void run_thin(const Convolution& c, const Sizes& s, const Filters<const T>& weight) {
+  Thin<T> thin(s);
+  if (c.direction == Direction::to_small) {
+    Output<T> output(c.result, s.N, s.H, s.W, s.K);
+    thin.to_small(source_of<T>(c.large), weight, output.sink);
+    output.combine(s.N, s.H, s.W, s.K);
+  } else if (c.direction == Direction::to_large) {
+    Output<T> output(c.result, s.N, s.LH, s.LW, s.C);
+    thin.to_large(source_of<T>(c.small), weight, output.sink);
+    output.combine(s.N, s.LH, s.LW, s.C);
+  } else {
+    thin.to_weight(source_of<T>(c.large), source_of<T>(c.small),
+                   {static_cast<T*>(c.result.out), c.K, c.C, c.weight_channels_last});
+  }
+}
+
 // Winograd where it is both faster and within twice the library's error: short sums and padded panels forbid it.
 bool use_winograd(const Convolution& c) {
   if (c.scheme != scheme_automatic) return c.scheme == scheme_winograd;
@@ -192,6 +210,7 @@ template <class T>
 void run(const Convolution& c) {
   Sizes s = sizes_of(c);
   Filters<const T> weight{static_cast<const T*>(c.weight), c.K, c.C, c.weight_channels_last};
+  if (c.C <= thin_channels && c.scheme != scheme_winograd) return run_thin(c, s, weight);
   bool winograd = use_winograd(c);
   switch (c.direction) {
     case Direction::to_small:

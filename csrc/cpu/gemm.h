@@ -27,46 +27,57 @@ constexpr int64_t padded(int64_t columns) {
   return panels<T>(columns) * panel<T>;
 }
 
-// One run of one register tile: c[R][panel] (+)= sum over k < depth of a(row, k) * b[k][panel].
+// Where the values a(row, k) of a product's left side stand: at row * `row` + k / `segment` * `jump` + k % `segment` * `k`.
+struct Strides {
+  int64_t row, k, segment, jump;
+};
+// In panel layout, panels `stride` apart; transposed, of one panel.
+template <class T>
+constexpr Strides panel_strides(int64_t stride) {
+  return {panel<T>, 1, panel<T>, stride};
+}
+template <class T>
+constexpr Strides transposed_strides = {1, panel<T>, panel<T>, int64_t{panel<T>} * panel<T>};
+
+// One run of one register tile: c[R][panel] (+)= sum over k < depth of a(row, k) * b[k][panel]; rows of b and c are b_k
+// and c_row apart.
 template <class T, int R>
-FASTGAN_INLINE void micro_run(const T* a, int64_t a_row, int64_t a_k, int64_t a_jump, const T* b, int64_t depth, T* c,
+FASTGAN_INLINE void micro_run(const T* a, const Strides& at, const T* b, int64_t b_k, int64_t depth, T* c, int64_t c_row,
                               bool accumulate) {
-  // The sums are needed at the end only; where they come from farther than the first-level cache, ask for them now.
-  for (int r = 0; r < R; r++) __builtin_prefetch(c + r * panel<T>, 1);
   Vec<T> sum[R][2] = {};
-  for (int64_t outer = 0; outer < depth; outer += panel<T>, a += a_jump) {
-    int64_t count = std::min<int64_t>(panel<T>, depth - outer);
+  for (int64_t outer = 0; outer < depth; outer += at.segment, a += at.jump) {
+    int64_t count = std::min<int64_t>(at.segment, depth - outer);
     const T* ak = a;
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < count; k++, ak += a_k, b += panel<T>) {
+    for (int64_t k = 0; k < count; k++, ak += at.k, b += b_k) {
       Vec<T> b0 = load(b), b1 = load(b + lanes<T>);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        Vec<T> x = splat(ak[r * a_row]);
+        Vec<T> x = splat(ak[r * at.row]);
         sum[r][0] = fma(x, b0, sum[r][0]);
         sum[r][1] = fma(x, b1, sum[r][1]);
       }
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; r++, c += panel<T>) {
+  for (int r = 0; r < R; r++, c += c_row) {
     if (accumulate) sum[r][0] += load(c), sum[r][1] += load(c + lanes<T>);
     store(c, sum[r][0]), store(c + lanes<T>, sum[r][1]);
   }
 }
 
-// c (+)= A b for `columns` panels: A in panel layout with `rows` rows and panels `a_stride` apart, b [columns][depth][panel],
-// c with panels `c_stride` apart. A few rows of A serve all columns from the first-level cache.
+// c (+)= A b for `columns` panels: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart, rows of c
+// c_row and its panels `c_stride` apart. A few rows of A serve all columns from the first-level cache.
 template <class T, int R = micro_rows>
-void multiply_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_stride,
-                   int64_t columns, int64_t rows, bool accumulate) {
+FASTGAN_INLINE void multiply_rows(const T* a, const Strides& at, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_row,
+                                  int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
   if constexpr (R > 0) {
-    for (; rows >= R; rows -= R, a += R * panel<T>, c += R * panel<T>) {
+    for (; rows >= R; rows -= R, a += R * at.row, c += R * c_row) {
       for (int64_t j = 0; j < columns; j++) {
-        micro_run<T, R>(a, panel<T>, 1, a_stride, b + j * b_stride, depth, c + j * c_stride, accumulate);
+        micro_run<T, R>(a, at, b + j * b_stride, panel<T>, depth, c + j * c_stride, c_row, accumulate);
       }
     }
-    if (rows > 0) multiply_rows<T, R - 1>(a, a_stride, b, b_stride, depth, c, c_stride, columns, rows, accumulate);
+    if (rows > 0) multiply_rows<T, R - 1>(a, at, b, b_stride, depth, c, c_row, c_stride, columns, rows, accumulate);
   }
 }
 
@@ -77,7 +88,7 @@ void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool a
   if constexpr (left > 0) {
     // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4.
     constexpr int R = (left + (left + micro_rows - 1) / micro_rows - 1) / ((left + micro_rows - 1) / micro_rows);
-    micro_run<T, R>(a + R0, 1, panel<T>, int64_t{panel<T>} * panel<T>, b, depth, c + R0 * panel<T>, accumulate);
+    micro_run<T, R>(a + R0, transposed_strides<T>, b, panel<T>, depth, c + R0 * panel<T>, panel<T>, accumulate);
     multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate);
   }
 }

@@ -32,14 +32,13 @@ class Array {
   }
 
  private:
-  static constexpr py::ssize_t huge = py::ssize_t{1} << 30;
   py::array array_;
   void* memory_;
 };
 
 Array::Array(py::array array, bool in_place) : array_(std::move(array)) {
   bool initialised = in_place || !array_.writeable();
-  if (array_.nbytes() >= huge) {
+  if (static_cast<size_t>(array_.nbytes()) >= simt::huge) {
     memory_ = const_cast<void*>(array_.data());
     simt::adopt(memory_, array_.nbytes(), initialised);
   } else {

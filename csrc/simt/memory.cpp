@@ -270,7 +270,7 @@ void* allocate(size_t bytes, size_t misalignment, bool initialised) {
   constexpr size_t margin = 4096;
   size_t room = (bytes + misalignment + 2 * margin + 4095) / 4096 * 4096;
   auto* base = static_cast<unsigned char*>(std::aligned_alloc(4096, room));
-  std::memset(base, 0xff, room);
+  if (bytes < huge) std::memset(base, 0xff, room);
   unsigned char* memory = base + margin + misalignment;
   adopt(memory, bytes, initialised);
   return memory;

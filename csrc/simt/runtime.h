@@ -70,7 +70,9 @@ void set_seed(unsigned seed);  // 0: threads in order
 // Device memory with nothing accessible before or after it. Reading what was not `initialised` or written is reported.
 void* allocate(size_t bytes, size_t misalignment, bool initialised);
 void release(void* memory);
-// The caller's memory as device memory, without a copy: for tensors too large for one.
+// The caller's memory as device memory, without a copy: for tensors too large for one. Where so much is allocated, it is not
+// filled either.
+constexpr size_t huge = size_t{1} << 28;  // bytes
 void adopt(void* memory, size_t bytes, bool initialised);
 void disown(void* memory);
 

@@ -15,7 +15,6 @@ from fastgan.bench.cases import PRECISIONS
 from fastgan.bench.pairing import seconds
 from fastgan.versions import device_name, versions
 
-
 _PLACES = ("--json", "--plot", "--rows", "--compare")
 
 

@@ -159,7 +159,7 @@ _AUTOMATIC = 0  # Winograd or the direct product, as the kernel sees fit
 def _own(to_large: bool, value: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is taken, or the library: its thin first convolution is as fast as memory allows."""
     size = value.shape[2:]
-    return (to_large or weight.shape[1] > 4) and min(size) >= (1 if to_large else 2)
+    return min(size) >= (1 if to_large else 2)
 
 
 def _own_convolution(
@@ -180,12 +180,21 @@ def _is_product(step: Step, input: Tensor, weight: Tensor) -> bool:
     return plain and tuple(input.shape[2:]) == ((1, 1) if step.transposed else tuple(weight.shape[2:]))
 
 
+def _matrix(tensor: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H * W * C]: without a copy where it is channels-last, as images and weights mostly are."""
+    return tensor.permute(0, 2, 3, 1).flatten(1)
+
+
+def _images(rows: Tensor, weight: Tensor, large: bool) -> Tensor:
+    """Back from `_matrix`: rows of `weight`'s size, or of a single pixel."""
+    _, channels, height, width = weight.shape
+    return rows.view(-1, height, width, channels).permute(0, 3, 1, 2) if large else rows[:, :, None, None]
+
+
 def _library_convolution(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None and _is_product(step, input, weight):
-        if step.transposed:
-            y = (input.flatten(1) @ weight.flatten(1)).unflatten(1, weight.shape[1:])
-        else:
-            y = (input.flatten(1) @ weight.flatten(1).t())[:, :, None, None]
+        matrix = _matrix(weight)
+        y = _images(_matrix(input) @ (matrix if step.transposed else matrix.t()), weight, step.transposed)
     else:
         y = torch.convolution(input, weight, bias, *convolution_arguments(step))
     return channels_last(y)
@@ -198,11 +207,14 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
         count("cpu", "block_backward")
         dy = _by_sets(torch.ops.fastgan_cpu.block_backward, dy, gradient.second, None, gradient.constants, 1.0)
     if not mask[2] and _is_product(step, input, weight):
-        rows, flat = input.flatten(1), dy.flatten(1)
-        matrix = weight.flatten(1)
+        rows, flat, matrix = _matrix(input), _matrix(dy), _matrix(weight)
         left, right = (rows, flat) if step.transposed else (flat, rows)
-        dx = (flat @ matrix.t() if step.transposed else flat @ matrix).view(input.shape) if mask[0] else None
-        dw = (left.t() @ right).view(weight.shape) if mask[1] else None
+        dx = (
+            _images(flat @ (matrix.t() if step.transposed else matrix), weight, not step.transposed)
+            if mask[0]
+            else None
+        )
+        dw = _images(left.t() @ right, weight, True) if mask[1] else None
         return [None if dx is None else channels_last(dx), dw, None]
     bias_size = [dy.shape[1]] if mask[2] else None
     dx, dw, db = torch.ops.aten.convolution_backward(dy, input, weight, bias_size, *convolution_arguments(step), mask)

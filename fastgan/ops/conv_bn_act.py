@@ -1,7 +1,7 @@
 """conv_bn_act: a block, a convolution, BatchNorm and LeakyReLU, as one operation.
 
-The convolution is the library's (cuDNN, oneDNN); what follows it is `bn_act` of the chosen backend. Fused
-convolutions plug in here.
+The convolution is the library's (cuDNN, oneDNN), or, asked for by name, the CUDA backend's; what follows it is `bn_act`
+of the chosen backend.
 """
 
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.ops.bn_act import block_end
+from fastgan.ops.conv_bn_act_cuda import convolution
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -44,7 +45,9 @@ def conv_bn_act(
         running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
         bias: `[K]`, of the convolution.
         batch_norm: False for a block without BatchNorm, such as a discriminator's first.
-        training, momentum, eps, negative_slope, process_group, backend: as in `bn_act`.
+        training, momentum, eps, negative_slope, process_group, backend: as in `bn_act`. With "cuda" here (not by
+            `use_backend`) the convolution itself is fastgan's, too: fp16 or bf16, C a multiple of 8, no bias,
+            groups=1.
 
     Returns:
         `[N, K, H', W']`, in the dtype and memory format of the convolution's output; under autocast the
@@ -55,7 +58,10 @@ def conv_bn_act(
     Raises:
         ValueError, BackendError: as in `bn_act`; BatchNorm tensors given with `batch_norm=False`.
     """
-    y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if backend == "cuda":
+        y = convolution(input, weight, bias, stride, padding, dilation, groups)
+    else:
+        y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     return block_end(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
         negative_slope=negative_slope, batch_norm=batch_norm, process_group=process_group, backend=backend,

@@ -21,11 +21,12 @@ and its zero padding comes after that. **The contract** of a kernel (`fastgan/ba
 `geometry` is (kernel, stride, padding, dilation), pairs of ints, of a convolution from its large side to its small one
 of `size`; with `to_large` the same convolution is transposed, which is also its gradient. The weight is [F, G, R, S], F
 channels on the small side and G on the large one. `parts` holds what is summed over `convolve`'s result in any number P
-of parts: with `statistics` (count, mean, m2) as [3, P, C]; with `out_y`, the raw tensor whose gradient the result is,
-the result is multiplied by phi'(v(out_y)) and `parts` is (sum, sum of its product with out_y - mu) as [2, P, C]; else
-it is [0, P, C]. `block_constants` combines the parts and updates the running statistics in the same pass (all None: no
-statistics are kept); without parts it takes the running ones. `block_gradient_constants` returns dgamma and dbeta
-beside the constants; count 0 means frozen statistics (B = C = 0), else it is the number of values per channel.
+of parts: with `statistics` (count, mean, m2, what rounding took from the mean) as [4, P, C]; with `out_y`, the raw
+tensor whose gradient the result is, the result is multiplied by phi'(v(out_y)) and `parts` is (sum, sum of its product
+with out_y - mu) as [2, P, C]; else it is [0, P, C]. `block_constants` combines the parts and updates the running
+statistics in the same pass (all None: no statistics are kept); without parts it takes the running ones.
+`block_gradient_constants` returns dgamma and dbeta beside the constants; count 0 means frozen statistics (B = C = 0),
+else it is the number of values per channel.
 
 What the caller guarantees: one device; activations channels-last and of one dtype, weight and bias of the same;
 constants and parts in the stat dtype (fp32, or fp64 where the tensors are fp64); groups = 1. What the kernel
@@ -102,7 +103,7 @@ def convolve(
         return y, wide.new_empty(0, 1, y.shape[1])
     mean = wide.mean((0, 2, 3))
     m2 = (wide - mean[:, None, None]).square().sum((0, 2, 3))
-    return y, torch.stack([torch.full_like(mean, count), mean, m2])[:, None]
+    return y, torch.stack([torch.full_like(mean, count), mean, m2, torch.zeros_like(mean)])[:, None]
 
 
 def weight_gradient(
@@ -130,7 +131,7 @@ def block_constants(
         assert running_var is not None
         mean, var = running_mean.to(dtype), running_var.to(dtype)
     else:
-        count, mean, m2 = combined(parts)
+        count, mean, m2 = combined(parts, parts.dtype)
         var = m2 / count
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
@@ -150,11 +151,12 @@ def block_gradient_constants(parts: Tensor, constants: Tensor, count: int) -> tu
     return torch.stack([scale, along, constant, mean]), torch.stack([grad_weight, grad_bias])
 
 
-def combined(parts: Tensor) -> tuple[Tensor, ...]:
+def combined(parts: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     """(count, mean, m2) of all parts by Chan's rule, or the two sums."""
-    if parts.shape[0] != 3:
+    if parts.shape[0] != 4:
         return tuple(parts.sum(1).unbind())
-    count, mean, m2 = parts.double()
+    count, mean, m2, rest = parts.to(dtype)
+    mean = mean + rest
     total = count.sum(0)
     centre = (count * mean).sum(0) / total
     together = (m2 + count * (mean - centre).square()).sum(0)

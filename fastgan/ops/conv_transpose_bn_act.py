@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.ops.bn_act import block_end
+from fastgan.ops.conv_bn_act_cuda import convolution
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +42,10 @@ def conv_transpose_bn_act(
         weight: `[C, K / groups, R, S]`, as in `torch.nn.functional.conv_transpose2d`.
         output_padding: added to one side of the output's size; less than the stride or the dilation.
     """
-    y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if backend == "cuda":
+        y = convolution(input, weight, bias, stride, padding, dilation, groups, True, output_padding)
+    else:
+        y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return block_end(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
         negative_slope=negative_slope, batch_norm=batch_norm, process_group=process_group, backend=backend,

@@ -1,0 +1,115 @@
+"""Arguments of the split operations of conv_bn_act, and whether a module of kernels is as right on them as PyTorch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton_device import DEVICE
+
+from fastgan import backends
+from fastgan.ops.conv_bn_act_eager import Geometry
+from fastgan.tolerance import misses
+
+OPERANDS = ("plain", "activation", "leaky", "gradient")
+EPILOGUES = ("store", "statistics", "backward", "leaky backward")
+
+
+class Case(NamedTuple):
+    """A convolution between a large side [images, G, height, width] and a small one with F channels."""
+
+    to_large: bool = False
+    kernel: tuple[int, int] = (4, 4)
+    stride: tuple[int, int] = (2, 2)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    small_channels: int = 17
+    large_channels: int = 3
+    image: tuple[int, int, int] = (3, 9, 7)  # images, height, width of the large side
+    operand: str = "activation"
+    epilogue: str = "statistics"
+    bias: bool = False
+    dtype: torch.dtype = torch.float64
+    slope: float = 0.2
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.kernel, self.stride, self.padding, self.dilation)
+
+    @property
+    def small_size(self) -> tuple[int, ...]:
+        axes = zip(self.image[1:], *self.geometry, strict=True)
+        return tuple((n + 2 * pad - (k - 1) * dil - 1) // stride + 1 for n, k, stride, pad, dil in axes)
+
+
+def _draw(seed: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, at: float = 0.0) -> Tensor:
+        tensor = (torch.randn(shape, generator=generator) + at).to(dtype)
+        tensor = tensor.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else tensor
+        return tensor.to(DEVICE)
+
+    return draw
+
+
+def _constants(channels: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """[mu, s, beta, 1/std] or [A, B, C, mu]: beta and C far from 0, so that a mask in the wrong place shows."""
+    draw = _draw(seed, torch.float64 if dtype == torch.float64 else torch.float32)
+    rows = (draw(channels, at=3), draw(channels).abs() + 0.5, draw(channels, at=5), draw(channels).abs() + 1)
+    return torch.stack(rows)
+
+
+def convolve_arguments(case: Case, seed: int = 0) -> tuple:
+    draw = _draw(seed, case.dtype)
+    large = (case.image[0], case.large_channels, *case.image[1:])
+    small = (case.image[0], case.small_channels, *case.small_size)
+    value, result = (small, large) if case.to_large else (large, small)
+    weight = draw(case.small_channels, case.large_channels, *case.kernel)
+    bias = draw(result[1]) if case.bias else None
+    out: tuple = (None, None, 1.0)
+    if "backward" in case.epilogue:
+        constants = _constants(result[1], seed + 1, case.dtype) if case.epilogue == "backward" else None
+        out = (draw(*result, at=-3 if constants is not None else 0), constants, case.slope)
+    return backends._settle["conv_bn_act"](
+        "convolve",
+        (
+            *_operand(case, value, seed + 2, case.operand), weight, bias, case.geometry, case.to_large, result[2:],
+            case.epilogue == "statistics", *out,
+        ),
+    )  # fmt: skip
+
+
+def weight_gradient_arguments(case: Case, seed: int = 0) -> tuple:
+    """`case.operand` on the side that the forward reads, a gradient on the other, as in a block's backward."""
+    large = (case.image[0], case.large_channels, *case.image[1:])
+    small = (case.image[0], case.small_channels, *case.small_size)
+    kinds = ("gradient", case.operand) if case.to_large else (case.operand, "gradient")
+    weight = _draw(seed, case.dtype)(case.small_channels, case.large_channels, *case.kernel)
+    return (
+        *_operand(case, large, seed + 1, kinds[0]), *_operand(case, small, seed + 2, kinds[1]), weight, case.geometry,
+    )  # fmt: skip
+
+
+def _operand(case: Case, shape: tuple, seed: int, kind: str) -> tuple:
+    draw = _draw(seed, case.dtype)
+    value = draw(*shape)
+    if kind == "plain":
+        return value, None, None, 1.0
+    if kind == "leaky":
+        return value, None, None, case.slope
+    constants = _constants(shape[1], seed + 1, case.dtype)
+    return (value, draw(*shape), constants, 1.0) if kind == "gradient" else (value, None, constants, case.slope)
+
+
+def verdict(module, name: str, several: list[tuple]) -> str | None:
+    """Why the kernel of `module` misses, or None; over several arguments together, as a few channels may be lucky."""
+    same, eager = backends._comparable["conv_bn_act"], backends.kernel("eager", name)
+    outcomes = []
+    for args in several:
+        wide = [a.double() if isinstance(a, Tensor) else a for a in args]
+        outcomes.append([same(name, f(*a)) for f, a in ((getattr(module, name), args), (eager, args), (eager, wide))])
+    joined = []
+    for runs in zip(*outcomes, strict=True):
+        runs = [run if isinstance(run, tuple) else (run,) for run in runs]
+        joined.append(tuple(torch.cat([t.flatten() for t in column]) for column in zip(*runs, strict=True)))
+    return misses(*joined)
