@@ -17,7 +17,6 @@ from fastgan.bench.steps import providers
 from fastgan.command import run_command
 from fastgan.errors import FastganError
 
-
 NOISY = 0.1  # share of the processors that others may take
 
 
