@@ -118,7 +118,8 @@ def pytest_terminal_summary(terminalreporter, config):
         if index == 0 or row["group"] != rows[index - 1]["group"]:
             terminalreporter.write_line(str(row["group"]))
         median, low, high = row["times_reference"]
-        text = f"  {row['name'] + ' ' + row['provider']:<{width}}{1e3 * row['seconds']:10.3f} ms  {median:5.2f} [{low:.2f}, {high:.2f}]"
+        who = f"{row['name']} {row['provider']}"
+        text = f"  {who:<{width}}{1e3 * row['seconds']:10.3f} ms  {median:5.2f} [{low:.2f}, {high:.2f}]"
         for rate, share in (("GFLOP/s", "share of peak"), ("GB/s", "share of copy")):
             if rate in row:
                 text += f"{row[rate]:8.1f} {rate}, {100 * row[share]:3.0f} % of the measured peak"

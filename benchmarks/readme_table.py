@@ -91,6 +91,23 @@ def steps() -> str:
     )
 
 
+def options() -> str:
+    """Fastgan's options beside fastgan without them."""
+    found = [(row, name) for row in step_rows() for name in row["seconds"] if name.startswith("fastgan ")]
+    return table(
+        ["training step", "option", "ms", "times fastgan"],
+        [
+            [
+                row["case"],
+                name.removeprefix("fastgan "),
+                f"{1e3 * results.step_seconds(row, name):.1f}",
+                str(results.times_as_fast(row, "fastgan", name)),
+            ]
+            for row, name in found
+        ],
+    )
+
+
 def _times(row: results.Row, name: str) -> str:
     return str(results.times_as_fast(row, name)) if name in row["seconds"] else "-"
 
@@ -192,7 +209,7 @@ def commands() -> str:
 
 TABLES = {
     f.__name__.replace("_", "-"): f
-    for f in (speed, steps, memory, layers, operations, default_run, measured_on, commands)
+    for f in (speed, steps, options, memory, layers, operations, default_run, measured_on, commands)
 }
 
 

@@ -17,6 +17,8 @@ from fastgan.bench.steps import providers
 from fastgan.command import run_command
 from fastgan.errors import FastganError
 
+NOISY = 0.1  # share of the processors that others may take
+
 
 @dataclass
 class BenchConfig:
@@ -113,6 +115,8 @@ def lines(row: results.Row, peaks: dict[str, float]) -> list[str]:
     for network, kept in row.get("kept_bytes", {}).get("fastgan", {}).items():
         eager = row["kept_bytes"]["tuned"][network]
         found.append(f"  {network}: {kept / 2**20:.1f} MiB kept for backward, {kept / eager:.2f} of eager's")
+    if (row["others"] or 0.0) > NOISY:
+        found.append(f"  others took {100 * row['others']:.0f} % of the processors: measure again on a quiet machine")
     found.append(f"  a run of {row['kimg']:.0f} kimg: {duration(results.run_seconds(row))}")
     return found
 

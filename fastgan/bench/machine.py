@@ -1,8 +1,10 @@
 """What a measurement belongs to, and what its machine can do at best."""
 
+import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,32 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+class Others:
+    """Which share of the processors anyone but this process takes, from when it is made: other processes, and the host
+    of a virtual machine. More than a little, and what was measured is theirs too."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def share(self) -> float | None:
+        """From 0 to 1; None where the system does not tell."""
+        now = self._now()
+        if now is None or self._before is None:
+            return None
+        busy, idle, own = (b - a for a, b in zip(self._before, now, strict=True))
+        return max(0.0, busy - own) / max(busy + idle, 1e-9)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds of all processors together: busy or taken away, idle, and busy for this process."""
+        try:
+            fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, idle, waiting, *rest = (int(f) / os.sysconf("SC_CLK_TCK") for f in fields)
+        return user + nice + system + sum(rest), idle + waiting, time.process_time()
 
 
 def peaks(device: torch.device) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 
 from fastgan.bench.cases import CASES, Case
 from fastgan.bench.floor import floor, work
-from fastgan.bench.machine import environment
+from fastgan.bench.machine import Others, environment
 from fastgan.bench.memory import case_kept_bytes, peak_bytes
 from fastgan.bench.pairing import Interval, interleave, ratio, seconds
 from fastgan.bench.steps import Provider, providers
@@ -29,6 +29,7 @@ def measure(case: Case, device: torch.device, competitors: dict[str, Provider], 
     for step in steps.values():
         seconds(step, 2, device)  # compiles, and lets libraries choose
     calls = max(1, round(ROUND_SECONDS / seconds(steps["fastgan"], 1, device)))
+    others = Others()
     times = interleave(steps, rounds, calls, device)
     return {
         "case": case.name,
@@ -37,6 +38,7 @@ def measure(case: Case, device: torch.device, competitors: dict[str, Provider], 
         "kimg": case.kimg,
         "steps_per_round": calls,
         "seconds": times,
+        "others": others.share(),
         "work": work(case),
     }
 
