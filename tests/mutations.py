@@ -110,7 +110,8 @@ EQUIVALENT: dict[str, str] = {
     "conv_bn_act.cu: copy_async_16(&to.a[row][chunk_], [from -> true] ? from : x_, from != nullptr);": (
         "the address of a copy that is not valid is not read"
     ),
-    "conv_bn_act.cu: copy_async_16(&to.b[row][chunk_], [inside -> true] ? weight_ + offset + s.channel : weight_, inside);": (
+    "conv_bn_act.cu: copy_async_16(&to.b[row][chunk_], "
+    "[inside -> true] ? weight_ + offset + s.channel : weight_, inside);": (
         "the address of a copy that is not valid is not read"
     ),
 }

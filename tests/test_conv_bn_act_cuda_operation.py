@@ -154,7 +154,6 @@ def test_on_fake_cuda(monkeypatch, case):
         return x.new_empty(*spatial, channels), *(x.new_empty(channels, dtype=torch.float32) for _ in range(2))
 
     monkeypatch.setattr(conv_bn_act_cuda, "launch", launch)
-    monkeypatch.setattr(backends, "_VERIFIED_ON_FIRST_USE", set())
     operation, library, shape, how = CASES[case]
     with FakeTensorMode(), torch.device("cuda"):
         x, weight = torch.empty(2, 16, 5, 6, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
