@@ -60,8 +60,8 @@ def register(
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
-def operations(*tensors: Tensor | None) -> Any:
-    """A namespace of the registered operations, to call on `tensors` (the first one not None) and constants.
+def operations(first: Tensor, *others: Tensor | None) -> Any:
+    """A namespace of the registered operations, to call on these tensors and constants.
 
     It is `torch.ops.fastgan`, or the same without PyTorch's dispatcher where only autograd could listen there: no
     mode, transform or trace, and no tensor that stands for another. Two journeys from Python through C++ and back
@@ -72,8 +72,8 @@ def operations(*tensors: Tensor | None) -> Any:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or not _PLAIN.issuperset(map(type, tensors))
-        or tensors[0].is_meta
+        or not _PLAIN.issuperset(map(type, (first, *others)))
+        or first.is_meta
     ):
         return torch.ops.fastgan
     return _direct
