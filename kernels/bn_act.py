@@ -6,7 +6,7 @@ a channel per row (row % C). The elementwise kernels walk that matrix in tiles. 
 of it that belongs to their channels, a block of columns or every C-th row; each program adds up its tiles
 lane by lane, reduces once and stores a partial result, and a second small kernel combines the partial results
 in a fixed order. No atomics, so the bits are the same every time. The shape of a reduction's tile decides the
-order of its additions and is therefore never tuned.
+order of its additions and is therefore never tuned; that of an elementwise kernel is (`kernels/tuning.py`).
 
 The slope is a compile-time constant: a network has one or two. Where a tile starts is counted in 64 bits, within it
 32 are enough, and save registers: `_shape_of_tile` gives long rows tiles of one row.
@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from fastgan.kernels.launch import launch
+from fastgan.kernels.tuning import Configuration, choose
 from torch import Tensor
 
 TILE = 4096
@@ -273,9 +274,9 @@ def _matrix(y: Tensor) -> tuple[bool, int, int]:
     return False, y.shape[0] * channels, spatial
 
 
-def _shape_of_tile(columns: int, widest: int) -> dict[str, int]:
+def _shape_of_tile(columns: int, widest: int, elements: int) -> dict[str, int]:
     width = min(triton.next_power_of_2(columns), widest)
-    return {"BR": max(TILE // width, 1) if columns < LONG_ROW else 1, "BL": width}
+    return {"BR": max(elements // width, 1) if columns < LONG_ROW else 1, "BL": width}
 
 
 def _acc(y: Tensor) -> tl.dtype:
@@ -284,12 +285,16 @@ def _acc(y: Tensor) -> tl.dtype:
 
 def _elementwise(kernel, y: Tensor, *args, **meta) -> None:
     channels_last, rows, columns = _matrix(y)
-    tile = _shape_of_tile(columns, 128 if channels_last else 1024)
-    grid = (triton.cdiv(rows, tile["BR"]) * triton.cdiv(columns, tile["BL"]),)
-    launch(
-        kernel, grid, y, *args, rows, columns, y.shape[1],
-        CHANNELS_LAST=channels_last, ACC=_acc(y), num_warps=WARPS, **tile, **meta,
-    )  # fmt: skip
+
+    def run(by: Configuration) -> None:
+        tile = _shape_of_tile(columns, 128 if channels_last else 1024, by.tile)
+        grid = (triton.cdiv(rows, tile["BR"]) * triton.cdiv(columns, tile["BL"]),)
+        launch(
+            kernel, grid, y, *args, rows, columns, y.shape[1],
+            CHANNELS_LAST=channels_last, ACC=_acc(y), num_warps=by.warps, **tile, **meta,
+        )  # fmt: skip
+
+    run(choose(kernel.fn.__name__, y, run))
 
 
 def _per_channel(kernel, y: Tensor, outputs: int, *args, **meta) -> tuple[int, list[Tensor]]:
@@ -298,11 +303,11 @@ def _per_channel(kernel, y: Tensor, outputs: int, *args, **meta) -> tuple[int, l
     channels = y.shape[1]
     channels_last, rows, columns = _matrix(y)
     if channels_last:
-        tile = _shape_of_tile(columns, 64)
+        tile = _shape_of_tile(columns, 64, TILE)
         blocks, tiles = triton.cdiv(channels, tile["BL"]), triton.cdiv(rows, tile["BR"])
     else:
         rows //= channels
-        tile = _shape_of_tile(columns, 1024)
+        tile = _shape_of_tile(columns, 1024, TILE)
         blocks, tiles = channels, triton.cdiv(rows, tile["BR"]) * triton.cdiv(columns, tile["BL"])
     per_split = triton.cdiv(tiles, min(MAX_SPLITS, max(1, PROGRAMS // blocks)))
     splits = triton.cdiv(tiles, per_split)

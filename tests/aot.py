@@ -18,7 +18,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton
 from aot_convolutions import launches
 from aot_facts import BUDGET
-from fastgan.kernels import bn_act, gan_bce
+from fastgan.kernels import bn_act, gan_bce, tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,6 +32,7 @@ WIDE = {"columns", "channels"}  # multiples of 16 in every network here; Triton 
 
 ACC = {"ACC": triton.language.float32}
 CHANNELS_LAST = {"CHANNELS_LAST": True, "BR": 64, "BL": 64}
+CHANNELS_LAST_APPLY = {"CHANNELS_LAST": True, "BR": 32, "BL": 128}
 CONTIGUOUS = {"CHANNELS_LAST": False, "BR": 4, "BL": 1024}
 APPLY = {**ACC, "SLOPE": 0.2}
 FINISH = {"SPLITS": 128, "BC": 16}
@@ -60,6 +61,12 @@ def variants():
                 yield f"{name} contiguous {dtype}", kernel, {**constants, **CONTIGUOUS}, dtype
             else:
                 yield f"{name} {dtype}", kernel, constants, dtype
+    for tile, _ in tuning.CONFIGURATIONS[1:]:
+        for name in ("bn_act", "bn_act_backward"):
+            kernel, constants, _ = VARIANTS[name]
+            for layout, shape in (("channels-last", CHANNELS_LAST_APPLY), ("contiguous", CONTIGUOUS)):
+                sizes = {**shape, "BR": tile // shape["BL"]}
+                yield f"{name} {layout} bf16 tile {tile}", kernel, {**constants, **sizes}, "bf16"
 
 
 def compile_kernel(kernel, constants, dtype, architecture):
@@ -75,8 +82,10 @@ def compile_kernel(kernel, constants, dtype, architecture):
             signature[name] = f"*{dtype if name in IN_DTYPE else 'fp32'}"
         if signature[name].startswith("*") or name in WIDE:
             attributes[(index,)] = [["tt.divisibility", 16]]
+    tile = constants.get("BR", 0) * constants.get("BL", 0)
+    warps = dict(tuning.CONFIGURATIONS).get(tile, bn_act.WARPS)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": bn_act.WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
 
 
 def compile_launch(launch, architecture):

@@ -18,6 +18,7 @@ pytestmark = MARKS
 module = import_module("fastgan.ops.bn_act")
 eager = import_module("fastgan.ops.bn_act_eager")
 BACKENDS = ["eager", "triton"]
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 OPS = torch.ops.fastgan
 
 
@@ -216,15 +217,16 @@ def test_opcheck(name, backend):
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("training", [True, False])
-def test_compile_whole(training):
+def test_compile_whole(training, compiler):
     x, weight = torch.randn(4, 3, 5, 5, device=DEVICE), torch.rand(3, device=DEVICE)
     states = [[torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)] for _ in range(2)]
 
     def f(x, weight, mean, var):
         return bn_act(x, mean, var, weight, None, training=training)
 
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(f, fullgraph=True, backend=compiler)
     results = []
     for function, state in ((f, states[0]), (compiled, states[1])):
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]

@@ -13,6 +13,7 @@ from fastgan.ops import conv_bn_act, conv_transpose_bn_act
 
 pytestmark = MARKS
 BACKENDS = ["eager", "triton"]
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 OPERATIONS = {
     "conv_bn_act": (conv_bn_act, F.conv2d),
     "conv_transpose_bn_act": (conv_transpose_bn_act, F.conv_transpose2d),
@@ -90,7 +91,8 @@ def test_autocast_and_channels_last(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("training", [True, False])
-def test_compile_and_export(name, training):
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compile_and_export(name, compiler, training):
     operation, _ = OPERATIONS[name]
 
     class Block(nn.Module):
@@ -106,7 +108,7 @@ def test_compile_and_export(name, training):
 
     x = tensors(name, torch.float32)[0].detach()
     expected, after = Block()(x), Block()
-    compiled = torch.compile(after, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(after, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(x), expected)
     exported = torch.export.export(Block(), (x,)).module()
     torch.testing.assert_close(exported(x), expected)

@@ -166,7 +166,7 @@ def test_opcheck(half, backend):
     torch.library.opcheck(torch.ops.fastgan.gan_bce.default, (real, fake, 0.9, 0.0, backend))
 
 
-@pytest.mark.parametrize("mode", ["compile", "export"])
+@pytest.mark.parametrize("mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow), "export"])
 def test_compile_and_export(mode):
     class Loss(torch.nn.Module):
         def forward(self, real, fake):
@@ -175,8 +175,8 @@ def test_compile_and_export(mode):
 
     x, y = torch.randn(6, device=DEVICE), torch.randn(6, device=DEVICE)
     expected = Loss()(x, y)
-    if mode == "compile":
-        compiled = torch.compile(Loss(), fullgraph=True, backend="aot_eager")
+    if mode != "export":
+        compiled = torch.compile(Loss(), fullgraph=True, backend=mode)
         x.requires_grad_()
         got = compiled(x, y)
         (g,) = torch.autograd.grad(got[0], x)

@@ -72,8 +72,7 @@ def operations(first: Tensor, *others: Tensor | None) -> Any:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or type(first) not in _PLAIN
-        or not _PLAIN.issuperset(map(type, others))
+        or not _PLAIN.issuperset(map(type, (first, *others)))
         or first.is_meta
     ):
         return torch.ops.fastgan

@@ -163,12 +163,13 @@ def _check_parameters(input: Tensor, **parameters: Tensor | None) -> None:
 
 def parameters(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     channels, dtype = input.shape[1], stat_dtype(input)
-    ones = input.new_ones(channels, dtype=dtype) if weight is None else _as_stat(weight, dtype)
-    zeros = input.new_zeros(channels, dtype=dtype) if bias is None else _as_stat(bias, dtype)
+    ones = input.new_ones(channels, dtype=dtype) if weight is None else _as(weight, dtype)
+    zeros = input.new_zeros(channels, dtype=dtype) if bias is None else _as(bias, dtype)
     return ones, zeros
 
 
-def _as_stat(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous and of `dtype`; asking first is quicker than converting what needs no conversion."""
     if value.dtype != dtype:
         value = value.to(dtype)
     return value if value.is_contiguous() else value.contiguous()
@@ -179,7 +180,7 @@ def _statistics(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: flo
     dtype = stat_dtype(input)
     if mean is None or var is None:
         return input.new_zeros(input.shape[1], dtype=dtype), input.new_ones(input.shape[1], dtype=dtype)
-    return _as_stat(mean, dtype), torch.rsqrt(_as_stat(var, dtype) + eps)
+    return _as(mean, dtype), torch.rsqrt(_as(var, dtype) + eps)
 
 
 # --- fastgan::bn_act_train and bn_act_eval, and their gradient ------------------------------------
@@ -224,7 +225,7 @@ def _grad(
     else:
         dy = run("bn_act_backward", *args, None, None, 0)
     grad_weight, grad_bias = (
-        input.new_empty(0) if value is None or not needs_affine else total.to(value.dtype, copy=False)
+        input.new_empty(0) if value is None or not needs_affine else _as(total, value.dtype)
         for value, total in zip((weight, bias), sums, strict=True)
     )
     return dy, grad_weight, grad_bias
@@ -242,8 +243,9 @@ def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | No
     if dz is None:
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
-    dy, grad_weight, grad_bias = operations(dz, *ctx.saved_tensors[:3]).bn_act_grad(
-        dz, *ctx.saved_tensors, *ctx.constants, training, needs_input, needs_weight or needs_bias, ctx.backend
+    saved = ctx.saved_tensors
+    dy, grad_weight, grad_bias = operations(dz, *saved).bn_act_grad(
+        dz, *saved, *ctx.constants, training, needs_input, needs_weight or needs_bias, ctx.backend
     )
     return (
         dy if needs_input else None,

@@ -31,7 +31,8 @@ def dense(tensor: Tensor) -> Tensor:
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
     """`tensor` in the memory format of the dense tensor `model`, and in its dtype."""
-    tensor = tensor.to(model.dtype)
+    if tensor.dtype != model.dtype:
+        tensor = tensor.to(model.dtype)
     if model.is_contiguous():
         return tensor.contiguous()
     return tensor.contiguous(memory_format=torch.channels_last)

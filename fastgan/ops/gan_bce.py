@@ -148,7 +148,10 @@ def _forward_fake(real, fake, real_target, fake_target, backend):
 def _backward(dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
     """The stored gradients times the losses' cotangents, in the logits' dtype."""
     halves = ((real, grad_real, dstats[0]), (fake, grad_fake, dstats[1]))
-    return tuple(g.new_empty(0) if x is None else (d * g).to(x.dtype) for x, g, d in halves)
+    grads = [g.new_empty(0) if x is None else d * g for x, g, d in halves]
+    return tuple(
+        g if x is None or g.dtype == x.dtype else g.to(x.dtype) for (x, *_), g in zip(halves, grads, strict=True)
+    )
 
 
 def _backward_fake(dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
@@ -170,7 +173,8 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, dstats, _real, _fake):
         if dstats is None:
             return (None,) * 6
-        grads = operations(dstats, *ctx.saved_tensors).gan_bce_grad(dstats, *ctx.saved_tensors, *ctx.targets)
+        saved = ctx.saved_tensors
+        grads = operations(dstats, *saved).gan_bce_grad(dstats, *saved, *ctx.targets)
         return (
             None,
             *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:3], strict=True)),
