@@ -47,5 +47,7 @@ def test_layer(pair, benchmark, batch, device, what, name, provider):
     benchmark.group = what
     case, layer = LAYERS[name]
     size = batch(case.batch_size)
+    if size < case.batch_size and case.image_size > 32:
+        pytest.skip("--quick: only the smallest networks' layers")
     run, reference = (one_pass(layer, size, what, p, device) for p in (provider, "tuned"))
     pair(run, reference, gflop=layer.gflop(size))

@@ -17,7 +17,7 @@ def start(code: str):
     return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("what", IMPORTS)
-def test_start(pair, benchmark, what):
+@pytest.mark.parametrize("imported", IMPORTS)
+def test_start(pair, benchmark, imported):
     benchmark.group = "start-up"
-    pair(start(IMPORTS[what]), start(IMPORTS["torch"]))
+    pair(start(IMPORTS[imported]), start(IMPORTS["torch"]))

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from fastgan.bench.cases import CASES
-from fastgan.bench.floor import gflop
+from fastgan.bench.floor import work
 from fastgan.bench.steps import providers
 
 
@@ -19,4 +19,4 @@ def test_step(pair, benchmark, batch, device, case, competitor):
         pytest.skip("--quick: only the default run's step, and nothing is compiled")
     case = dataclasses.replace(case, batch_size=batch(case.batch_size))
     run, reference = (providers(device)[name].step(case, device) for name in (competitor, "stock"))
-    pair(run, reference, gflop=gflop(case))
+    pair(run, reference, gflop=work(case)["definition GFLOP"])

@@ -87,9 +87,12 @@ def pair(benchmark, request, device):
         if not benchmark.enabled:
             return
         own = benchmark.stats.stats.data
+        given = dict(request.node.callspec.params)
+        provider = given.pop("provider", given.pop("competitor", ""))
         row = {
             "group": benchmark.group,
-            "name": request.node.name.partition("[")[2].rstrip("]") or request.node.name,
+            "name": ", ".join(str(getattr(v, "name", v)) for k, v in given.items() if k != "what"),
+            "provider": provider,
             "seconds": median_interval(own).median,
             "times_reference": ratio(times[-rounds:], own),
         }
@@ -110,18 +113,17 @@ def pytest_terminal_summary(terminalreporter, config):
     if not rows:
         return
     terminalreporter.section("beside the reference")
-    width = max(len(row["name"]) for row in rows)
+    width = max(len(row["name"]) for row in rows) + 10
     for index, row in enumerate(rows):
         if index == 0 or row["group"] != rows[index - 1]["group"]:
             terminalreporter.write_line(str(row["group"]))
         median, low, high = row["times_reference"]
-        text = f"  {row['name']:<{width}}{1e3 * row['seconds']:10.3f} ms  {median:5.2f} [{low:.2f}, {high:.2f}]"
+        text = f"  {row['name'] + ' ' + row['provider']:<{width}}{1e3 * row['seconds']:10.3f} ms  {median:5.2f} [{low:.2f}, {high:.2f}]"
         for rate, share in (("GFLOP/s", "share of peak"), ("GB/s", "share of copy")):
             if rate in row:
                 text += f"{row[rate]:8.1f} {rate}, {100 * row[share]:3.0f} % of the measured peak"
         terminalreporter.write_line(text)
     if file := config.getoption("rows"):
         device = torch.device(config.getoption("device"))
-        data = {"environment": environment(device), "peaks": peaks(device), "rows": rows}
-        data["environment"]["command"] = "pytest " + " ".join(config.invocation_params.args)
+        data = {"environment": environment(device, "pytest"), "peaks": peaks(device), "rows": rows}
         Path(file).write_text(json.dumps(data, indent=1) + "\n")

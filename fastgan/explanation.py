@@ -35,7 +35,8 @@ def explain(module_or_operation: torch.nn.Module | str, input: Tensor, backend: 
     Args:
         module_or_operation: a module, of which a deep copy is run once without gradients, or an operation's
             name.
-        input: the tensor it would be given, with the device, dtype and layout that matter.
+        input: the tensor it would be given, with the device, dtype and layout that matter. Where BatchNorm is
+            synchronised, every process calls this.
         backend: as in the operations.
 
     Raises:
@@ -64,7 +65,7 @@ def explain(module_or_operation: torch.nn.Module | str, input: Tensor, backend: 
     def leave(*_: Any) -> None:
         names.pop()
 
-    module = deepcopy(module_or_operation)
+    module = _copied(module_or_operation)
     backends.enter_layer("")
     for name, child in module.named_modules():
         if any(child.children()):  # a hook on a leaf would unfuse its block; run_block names those itself
@@ -78,3 +79,9 @@ def explain(module_or_operation: torch.nn.Module | str, input: Tensor, backend: 
         backends.record(None)
         backends.enter_layer("")
     return layers
+
+
+def _copied(module: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy, also where torch.nn.utils.weight_norm left a tensor that belongs to a graph, which has none."""
+    values = [value for part in module.modules() for value in vars(part).values()]
+    return deepcopy(module, {id(v): v.detach() for v in values if isinstance(v, Tensor) and not v.is_leaf})

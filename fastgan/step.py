@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastgan import losses
 from fastgan.ema import Ema
 from fastgan.errors import FastganError
+from fastgan.nn.stack import ConvStack, as_batches
 from fastgan.optim import Adam
 
 
@@ -46,6 +47,9 @@ class GanStep:
             (lazy regularisation, Karras et al., 2020, arXiv:1912.04958).
         wgan_gp: lambda of WGAN-GP's penalty between real and fake, on every step.
         generator_interval: the generator learns on every so many steps (5 is usual for WGAN-GP).
+        joint: real and fake images go through the discriminator as one batch of 2N, each half normalised by statistics
+            of its own: the same results in fewer, larger convolutions. Its BatchNorms must be in `ConvStack`s, and
+            nothing else in it may mix images.
         clip_grad: largest norm of all gradients of a network, or None.
         ema: follows the generator after each of its updates, in the same pass where opt_g is `fastgan.optim.Adam`.
         autocast: run both networks under `torch.autocast` with this dtype. Penalties, and with R1 and R2 the whole
@@ -83,6 +87,7 @@ class GanStep:
         penalty_interval: int = 16,
         wgan_gp: float = 0.0,
         generator_interval: int = 1,
+        joint: bool = False,
         clip_grad: float | None = None,
         ema: Ema | None = None,
         autocast: torch.dtype | None = None,
@@ -120,6 +125,9 @@ class GanStep:
         self.real_target = real_target
         self.r1, self.r2, self.wgan_gp = r1, r2, wgan_gp
         self.penalty_interval, self.generator_interval = penalty_interval, generator_interval
+        if joint:
+            _check_joint(discriminator)
+        self.joint = joint
         self.clip_grad, self.ema = clip_grad, ema
         self.autocast, self.scaler = autocast, scaler
         self.latents = latents
@@ -152,8 +160,12 @@ class GanStep:
             real = real.detach().to(dtype).requires_grad_(bool(self.r1))
             fake = fake.to(dtype).requires_grad_(bool(self.r2))
         with _full_precision(real.device) if penalised else self.precision(real.device):
-            real_logits = self._logits(real)
-            fake_logits = self._logits(fake)
+            if self.joint:
+                with as_batches(self.discriminator, 2):
+                    real_logits, fake_logits = self._logits(torch.cat([real, fake])).chunk(2)
+            else:
+                real_logits = self._logits(real)
+                fake_logits = self._logits(fake)
         smoothing = {"real_target": self.real_target} if self.real_target != 1.0 else {}
         if self.loss.with_beliefs is not None:
             loss, d_real, d_fake = self.loss.with_beliefs(real_logits, fake_logits, **smoothing)
@@ -224,6 +236,16 @@ class GanStep:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, self.autocast)
+
+
+def _check_joint(discriminator: nn.Module) -> None:
+    within = {id(m) for stack in discriminator.modules() if isinstance(stack, ConvStack) for m in stack.modules()}
+    for name, module in discriminator.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and id(module) not in within:
+            raise FastganError(
+                f"GanStep: joint=True needs every BatchNorm of the discriminator in a ConvStack, {name} is in none; "
+                "call fastgan.fuse(discriminator), or leave joint off"
+            )
 
 
 def _average_gradients(parameters: list[Tensor], group: dist.ProcessGroup) -> None:

@@ -33,12 +33,12 @@ def _work(rank: int, folder: str, calls: Any, answers: Any) -> None:
         timeout=timedelta(seconds=SECONDS),
     )
     while (call := calls.get()) is not None:
-        function, args = call
+        number, function, args = call
         try:
             answer = pickle.dumps((True, function(*args)))  # here, where an error is seen: the queue's thread hides it
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
-        answers.put(answer)
+        answers.put((number, answer))
     dist.destroy_process_group()
 
 
@@ -50,17 +50,25 @@ class Pair:
             context.Process(target=_work, args=(rank, folder, *queues), daemon=True)
             for rank, queues in enumerate(self._queues)
         ]
+        self._number = 0
         for process in self._processes:
             process.start()
 
     def __call__(self, function: Callable, *args: Any) -> list[Any]:
         """What `function(*args)` returns on rank 0 and on rank 1; an exception on either is an error here."""
+        self._number += 1
         for calls, _ in self._queues:
-            calls.put((function, args))
-        results = [pickle.loads(answers.get(timeout=4 * SECONDS)) for _, answers in self._queues]
+            calls.put((self._number, function, args))
+        results = [pickle.loads(self._answer(answers)) for _, answers in self._queues]
         failed = "\n".join(f"rank {rank}: {text}" for rank, (fine, text) in enumerate(results) if not fine)
         assert not failed, failed
         return [value for _, value in results]
+
+    def _answer(self, answers: Any) -> bytes:
+        while True:
+            number, answer = answers.get(timeout=4 * SECONDS)
+            if number == self._number:  # not to a call for which nobody waited any more
+                return answer
 
     def close(self) -> None:
         for calls, _ in self._queues:

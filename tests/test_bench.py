@@ -2,7 +2,11 @@
 
 import copy
 import json
+import re
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,10 @@ from fastgan.bench import floor, memory, pairing, plot, results
 from fastgan.bench.cases import CASES, Case, layers
 from fastgan.bench.steps import providers
 from fastgan.nn import Discriminator
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import readme_table  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 16, 1, 4, 2, 2, 2, "fp32", 1.0)
@@ -39,14 +47,14 @@ def row(speed: float, noise: float = 0.0, kept: int = 100) -> dict:
 
 def test_quick_run_writes_complete_data_and_a_picture_of_it(tiny_cases, tmp_path, capsys):
     file, picture = tmp_path / "new.json", tmp_path / "new.png"
-    arguments = ["--quick", "--rounds", "6", "--json", str(file), "--plot", str(picture)]
+    arguments = ["--quick", "--options", "--rounds", "6", "--json", str(file), "--plot", str(picture)]
     assert command.main(arguments) == 0
     data, said = results.read(file), capsys.readouterr().out
     assert data["environment"]["versions"]["torch"] == torch.__version__
     assert data["peaks"].keys() == RATES.keys()
     assert [measured["case"] for measured in data["rows"]] == ["tiny", "tiny bf16"]
     for measured in data["rows"]:
-        assert measured["seconds"].keys() == {"stock", "tuned", "fastgan"}
+        assert measured["seconds"].keys() == providers(CPU, options=True).keys() - {"compiled"}
         assert all(len(times) == 6 and min(times) > 0 for times in measured["seconds"].values())
         assert measured["case"] in said
     assert "times stock" in said
@@ -67,7 +75,7 @@ def test_full_run_has_every_competitor_and_its_memory(tiny_cases, tmp_path):
     file = tmp_path / "new.json"
     assert command.main(["--rounds", "6", "--case", "bf16", "--json", str(file)]) == 0
     (measured,) = results.read(file)["rows"]
-    assert measured["seconds"].keys() == measured["peak_bytes"].keys() == providers(CPU).keys()
+    assert measured["seconds"].keys() == providers(CPU).keys() == measured["peak_bytes"].keys() | {"compiled"}
     assert all(size is None or size > 0 for size in measured["peak_bytes"].values())
 
 
@@ -169,13 +177,17 @@ class TestFloor:
         step()
         with FlopCounterMode(display=False) as counter:
             step()
-        assert floor.gflop(TINY) == pytest.approx(1e-9 * counter.get_total_flops(), rel=1e-6)
+        assert floor.work(TINY)["definition GFLOP"] == pytest.approx(1e-9 * counter.get_total_flops(), rel=1e-6)
 
     def test_floor_is_less_than_the_definition_at_peak_and_grows_with_slower_machines(self):
-        case = CASES[5]
-        now, slower = floor.floor(case, RATES), floor.floor(case, {name: rate / 2 for name, rate in RATES.items()})
-        assert 0 < now["multiplications"] < floor.gflop(case) / RATES["fp32 GFLOP/s"]
+        work = floor.work(CASES[5])
+        now, slower = (floor.floor(work, "fp32", {k: v / by for k, v in RATES.items()}) for by in (1, 2))
+        assert 0 < now["multiplications"] < work["definition GFLOP"] / RATES["fp32 GFLOP/s"]
         assert slower["memory"] == pytest.approx(2 * now["memory"])
+
+    def test_slow_16_bits_do_not_raise_the_floor(self):
+        work = floor.work(CASES[6])
+        assert floor.floor(work, "bf16", RATES) == floor.floor(work, "fp32", RATES)
 
 
 def test_bytes_kept_are_those_of_the_saved_tensors():
@@ -184,6 +196,38 @@ def test_bytes_kept_are_those_of_the_saved_tensors():
     shapes = [(1, 16, 16), (2, 8, 8), (4, 4, 4), (4, 4, 4)]
     expected = sum(4 * 4 * int(np.prod(shape)) for shape in shapes) + 2 * 4 * 4
     assert memory.kept_bytes(discriminator, images, "eager") == expected
+
+
+@pytest.mark.parametrize("module", sorted(path.name for path in BENCHMARKS.glob("bench_*.py")))
+def test_benchmarks_run(module):
+    """Each once, small and untimed: they are still written for the code as it is."""
+    options = ["--quick", "--benchmark-disable", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", str(BENCHMARKS / module), *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+class TestShownTables:
+    @pytest.mark.parametrize("page", readme_table.PAGES, ids=lambda page: page.name)
+    def test_pages_show_the_committed_data(self, page):
+        text = page.read_text(encoding="utf-8")
+        assert readme_table.written(text) == text, "run python benchmarks/readme_table.py"
+        assert "<!-- end -->" in text
+
+    def test_picture_is_drawn_from_the_committed_data(self):
+        assert plot.drawn_from(readme_table.PICTURE) == plot.digest(readme_table.step_rows())
+
+    def test_an_altered_number_shows(self):
+        text = readme_table.PAGES[0].read_text(encoding="utf-8")
+        speed = readme_table.speed()
+        assert speed in text
+        number = re.search(r"\*\*([\d.]+)\*\*", speed)[1]
+        assert readme_table.written(text.replace(f"**{number}**", "**9.99**")) == text
+
+    def test_every_committed_row_is_a_case(self):
+        assert {row["case"] for row in readme_table.step_rows()} <= {case.name for case in CASES}
 
 
 def test_run_length_comes_from_the_images_per_second():

@@ -10,8 +10,9 @@ from simt import DTYPES, run_clean, simt, to_input, to_output
 from fastgan.ops import bn_act_eager as eager
 from fastgan.tolerance import misses
 
-# N, C, H, W: one value short of and past every block boundary that a few thousand values can reach.
+# N, C, H, W: one value short of and past every block boundary that a few thousand values can reach, and no whole 16 bytes.
 SHAPES = [(1, 1, 1, 7), (2, 3, 5, 3), (3, 65, 1, 3), (2, 16, 4, 4), (5, 24, 1, 1), (1, 8, 37, 8), (130, 8, 4, 2)]
+SHAPES += [(1, 3, 35, 31)]  # channels-last, the ragged rest of the rows beside more than one block
 LAYOUTS = ["channels_last", "contiguous"]
 SEEDS = [0, 3]
 

@@ -7,10 +7,17 @@ import torch.nn.functional as F
 from tolerance import assert_as_right_as_torch
 from torch import Tensor
 
+from fastgan import library
 from fastgan.ops import bn_act
 from fastgan.ops.bn_act_sync import combine
 
 CHANNELS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Once and here: two processes would wait for one another's compiler."""
+    library.load("cpu")
 
 
 def group() -> dist.ProcessGroup:

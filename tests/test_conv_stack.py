@@ -14,7 +14,7 @@ from fastgan.bench.memory import kept_bytes
 from fastgan.explanation import explain
 from fastgan.nn import Discriminator, Generator
 from fastgan.nn.blocks import Block, parts
-from fastgan.nn.stack import ConvStack, why_unfused
+from fastgan.nn.stack import ConvStack, as_batches, why_unfused
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -227,12 +227,36 @@ def test_where_the_kernels_do_not_apply():
     assert why_unfused(image) is None
     assert "float32" in why_unfused(image.bfloat16())
     assert "'eager' has no fused stack" in why_unfused(image.to("meta"))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert "autocast" in why_unfused(image)
-        assert ConvStack(*modules(3, 8))(image).dtype == torch.bfloat16
+        assert ConvStack(*modules(3, 8))(image).dtype == torch.float16
     with use_backend("eager"):
         assert "eager" in why_unfused(image)
     assert "float64" in why_unfused(image.double())
+
+
+@pytest.mark.parametrize("network", ["generator", "discriminator"])
+def test_autocast_to_bfloat16_is_as_right_as_eager(network, monkeypatch):
+    torch.manual_seed(7)
+    made = Generator(32, 3, 20, 16) if network == "generator" else Discriminator(32, 3, 32)
+    input = torch.randn((8, 20) if network == "generator" else (8, 3, 32, 32))
+    truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    reset_counts()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = outcome(made, input, "cpu")
+        assert counts()["cpu", "convolve"] > 0
+        own = outcome(made, input, "eager")
+    assert got[0].dtype == own[0].dtype
+    for index, triple in enumerate(zip(got, own, truth, strict=True)):
+        if triple[0].is_floating_point():
+            assert_as_right_as_torch(*triple, f"tensor {index}")
+
+
+def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "the library computes in bfloat16" in why_unfused(torch.randn(2, 3, 8, 8))
 
 
 def test_explain_names_each_block():
@@ -259,3 +283,53 @@ def test_recomputed_first_block_changes_no_bit(name, training):
     stack.recompute_first = True
     for one, two in zip(kept, outcome(stack, input, "cpu"), strict=True):
         assert torch.equal(one, two)
+
+
+class TwoPasses(nn.Module):
+    """What `as_batches(network, 2)` means."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat([self.network(batch) for batch in (input[: len(input) // 2], input[len(input) // 2 :])])
+
+
+class AsBatches(TwoPasses):
+    def forward(self, input: Tensor) -> Tensor:
+        with as_batches(self.network, 2):
+            return self.network(input)
+
+
+@pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["down", "up", "mixed"])
+def test_two_batches_at_once_are_two_passes(name, training, penalty):
+    stack = ConvStack(*small_networks()[name]).double().train(training)
+    torch.manual_seed(7)
+    input = torch.cat([network_input(name), 3 * torch.randn_like(network_input(name)) + 1])
+    for backend in ("cpu", "eager"):
+        reset_counts()
+        got = outcome(AsBatches(stack), input, backend, penalty)
+        once = counts().get(("cpu", "convolve"), 0)
+        reset_counts()
+        for one, two in zip(got, outcome(TwoPasses(stack), input, backend, penalty), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+        assert counts().get(("cpu", "convolve"), 0) == 2 * once
+        assert (once > 0) == (backend == "cpu")
+
+
+def test_plain_averages_of_running_statistics_count_each_batch():
+    stack = ConvStack(*modules(3, 16, norm=lambda width: nn.BatchNorm2d(width, momentum=None))).double()
+    input = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    got, expected = (outcome(made(stack), input, "cpu") for made in (AsBatches, TwoPasses))
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_batches_of_different_sizes_are_refused():
+    stack = ConvStack(nn.Conv2d(3, 4, 3), nn.Tanh())
+    with use_backend("eager"), as_batches(stack, 2), pytest.raises(ValueError, match="2 batches of one size"):
+        stack(torch.randn(3, 3, 8, 8))
+    assert stack.batches == 1

@@ -53,7 +53,7 @@ def occupancy(architecture: str, registers: int, shared: int, threads: int) -> f
 
 # Instructions that each kernel must hold at least so often: a loop that keeps four 16-byte loads under way has four of
 # them in a row, for each tensor that it reads. The scalar variants (V = 1) are left out.
-LOAD, STORE = r"ld\.global(?:\.nc)?(?:\.L\w+::\w+)*\.v4", r"st\.global\.v4"
+LOAD, STORE = r"ld\.global(?:\.nc)?(?:\.L\w+::\w+)*\.v4", r"st(?:\.global)?\.v4"
 INSTRUCTIONS = {
     r"reduce_\w+<[48], Statistics": {LOAD: 4},
     r"reduce_\w+<[48], Reduce": {LOAD: 8},

@@ -13,6 +13,7 @@ import pytest
 import tyro
 from PIL import Image
 
+from fastgan.bench.__main__ import BenchConfig
 from fastgan.errors import FastganError
 from fastgan.sample import Options
 from fastgan.train.config import TrainConfig, parse
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-OPTIONS_OF_OTHERS = {"--no-build-isolation", "--logdir"}
+OPTIONS_OF_OTHERS = {"--no-build-isolation", "--logdir", "--nproc-per-node", "--benchmark-only"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -73,13 +74,15 @@ def options_of(command: type) -> set[str]:
     return set(re.findall(r"--[a-z0-9][a-z0-9-]*", text.getvalue()))
 
 
-KNOWN_OPTIONS = options_of(TrainConfig) | options_of(Options)
+KNOWN_OPTIONS = options_of(TrainConfig) | options_of(Options) | options_of(BenchConfig)
 
 
 def accept(command: str, arguments: list[str]) -> None:
     """Parse as the command would; raises SystemExit or FastganError for what it would reject."""
     if command == "sample":
         tyro.cli(Options, args=arguments)
+    elif command == "bench":
+        tyro.cli(BenchConfig, args=arguments)
     elif "--resume" in arguments:  # looks into a run folder that does not exist here
         tyro.cli(TrainConfig, args=arguments)
     else:

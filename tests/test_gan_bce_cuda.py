@@ -8,7 +8,7 @@ import fastgan.ops  # noqa: F401  (defines the operations)
 from fastgan import backends
 from fastgan.tolerance import misses
 
-SIZES = [(1, 1), (3, 600), (0, 33), (513, 0), (64, 64)]
+SIZES = [(1, 1), (3, 600), (0, 33), (513, 0), (64, 64), (3, 8197)]  # the last keeps several vectors in flight
 
 
 def logits(n, dtype, seed):
@@ -40,6 +40,13 @@ def test_both_halves_and_gradients(sizes, dtype):
     assert reason is None, reason
     for first, second in zip(got, run(real, fake, 5), strict=True):
         assert torch.equal(first, second)
+
+
+def test_addresses_that_are_no_multiple_of_16():
+    real, fake = logits(34, torch.float16, 0)[1:], logits(33, torch.float16, 1)
+    assert real.data_ptr() % 16 == 2
+    for got, own in zip(run(real, fake, 0), run(real.clone(), fake, 0), strict=True):
+        torch.testing.assert_close(got, own, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

@@ -1,123 +1,88 @@
 """Every barrier, bounds check and mask in the CUDA kernels matters: without it, some test turns red.
 
-Each mutant is one such piece of csrc/cuda deleted; the kernels' own tests are run on it. A mutant that they do
-not notice is listed below with the reason why it is equivalent.
+tests/mutations.py finds them in the sources and keeps the score; here the score is held against the sources.
 """
 
-import os
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from collections import Counter
 
+import mutations
 import pytest
 
-from fastgan import build
-
-ROOT = Path(__file__).resolve().parent.parent
-
-# stem of the file: the tests that must notice
-TESTS = {
-    "bn_act": ["test_bn_act_cuda.py"],
-    "channels": ["test_bn_act_cuda.py"],
-    "total": ["test_gan_bce_cuda.py"],
-    "gan_bce": ["test_gan_bce_cuda.py"],
-    "adam_ema": ["test_adam_ema.py"],
-    "conv_bn_act": ["test_conv_bn_act_cuda.py"],
-}
-# What a mutation replaces, and by what.
-MUTATIONS = [
-    ("barrier", re.compile(r"__syncthreads\(\);"), ";"),
-    ("wait", re.compile(r"wait_copies<[^>]*>\(\);"), ";"),
-    ("leave", re.compile(r"if \([^;{}]*(?:>=|<)[^;{}]*\) (?:return|continue);"), ";"),
-    ("guard", re.compile(r"(?<=if \()[^;{}]*?(?:<|==|inside)[^;{}]*?(?=\) (?:\{|[a-z_]+[\[(.]|for)|\)$)"), "true"),
-    ("bound", re.compile(r"(?<=; )[a-z]+ < (?:end|rows|count|half\.n|vectors_end)(?=;)"), None),
-    ("inside", re.compile(r"(?<=bool inside = )[^;]+"), "true"),
-    ("vector", re.compile(r"(?<=bool aligned = )[^;]+"), "true"),
-    ("lane mask", re.compile(r"(?<=_sync\()all_lanes"), "0xffffu"),
-]
-# (file, text of the line, kind): why no test can notice.
-EQUIVALENT = {}
+MUTANTS = mutations.mutants()
 
 
-def mutants():
-    for stem in TESTS:
-        for path in sorted((build.CSRC / "cuda").glob(f"{stem}.cu*")):
-            for number, line in enumerate(path.read_text().splitlines()):
-                if line.lstrip().startswith("//"):
-                    continue
-                for kind, pattern, replacement in MUTATIONS:
-                    for match in pattern.finditer(line):
-                        new = replacement
-                        if new is None:  # one more than there are
-                            new = match[0].replace("<", "<=")
-                        yield path.name, number, kind, line[: match.start()] + new + line[match.end() :]
+def test_every_guard_in_the_sources_is_in_the_score():
+    """A new barrier, bounds check or mask: run `python tests/mutations.py`, which runs what is missing."""
+    score = mutations.load_score()
+    assert score.keys() == {m.key for m in MUTANTS}, "run `python tests/mutations.py`"
+    assert len(score) == len(MUTANTS), "two mutants share a key"
 
 
-MUTANTS = list(mutants())
+def test_every_mutant_was_noticed_or_is_listed_as_equivalent():
+    score = mutations.load_score()
+    unnoticed = {key for key, by in score.items() if by == mutations.NOT_NOTICED}
+    assert unnoticed == set(mutations.EQUIVALENT)
+    known = {test for tests in mutations.TESTS.values() for test in tests}
+    assert {by.partition("::")[0] for by in score.values() if "::" in by} <= known
+
+
+def test_nothing_listed_is_gone():
+    """An entry of the tables that no line of the sources needs would hide a guard to come."""
+    lines = [(file, code) for file in mutations.TESTS for _, code in mutations.code_lines(file)]
+    for file, part in mutations.NOT_GUARDS:
+        assert any(name == file and part in code for name, code in lines), (file, part)
+    assert {f.name for f in mutations.CUDA.glob("*.cu*")} == set(mutations.TESTS)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("  __syncthreads();", ["  ;"]),
+        ("  wait_copies<stages - 2>();", ["  ;"]),
+        ("  if (c >= n) return;", ["  if (false) return;"]),
+        ("  if (a != 0 || c >= n) continue;", ["  if (false || c >= n) continue;", "  if (a != 0 || false) continue;"]),
+        ("  if (i < n && inside) y[i] = 0;", ["  if (true && inside) y[i] = 0;", "  if (i < n && true) y[i] = 0;"]),
+        ("  for (int i = f(a, b); i < n; i++) {", ["  for (int i = f(a, b); i <= n; i++) {"]),
+        ("  for (int i = 0; i < V; i++) {", []),
+        ("  while (x >= first[t + 1]) t++;", ["  while (false) t++;"]),
+        ("  bool inside = p.inside && h < n;", ["  bool inside = true && h < n;", "  bool inside = p.inside && true;"]),
+        ("  int end = min(begin + step, n);", ["  int end = begin + step;"]),
+        ("  return inside ? p : nullptr;", ["  return true ? p : nullptr;"]),
+        ("  copy(a ? b : c);", ["  copy(true ? b : c);"]),
+        ("  copy(a, p != nullptr);", ["  copy(a, true);"]),
+        ("  v += __shfl_xor_sync(all_lanes, v, bit);", ["  v += __shfl_xor_sync(0xffffu, v, bit);"]),
+        ("  y[i] = x[i] + 1;", []),
+    ],
+)  # fmt: skip
+def test_the_guards_of_a_line(line, expected):
+    assert [line[:start] + new + line[end:] for start, end, new in mutations.sites(line)] == expected
+
+
+def test_every_kind_occurs():
+    kinds = Counter(m.new if m.new in (";", "true", "false", "0xffffu") else "other" for m in MUTANTS)
+    assert set(kinds) == {";", "true", "false", "0xffffu", "other"}
+    barriers = sum(f.read_text().count("__syncthreads();") for f in mutations.CUDA.glob("*.cu*"))
+    kernels = "".join(f.read_text() for f in mutations.CUDA.glob("*.cu"))
+    waits = kernels.count("wait_copies<")
+    assert kinds[";"] == barriers + waits
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A copy of the project whose SIMT module is built in place, so that a mutant recompiles one file."""
-    folder = tmp_path_factory.mktemp("mutants")
-    for name in ("fastgan", "csrc", "tests", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    (folder / "tests" / "conftest.py").write_text(
-        "import simt, functools\n"
-        "from pathlib import Path\n"
-        "from fastgan import build, library\n"
-        "def in_place(name, reason):\n"
-        "    folder = Path(__file__).parent.parent / 'build'\n"
-        "    output = folder / build.library_filename(name)\n"
-        "    build.build(build.get_build_parameters(name), folder, output)\n"
-        "    return output\n"
-        "library.build_just_in_time = in_place\n"
-    )
-    return folder
-
-
-def run_tests(folder: Path, stem: str) -> bool:
-    """Whether the tests of a stem pass. A crash or a mutant that never ends counts as noticed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--rootdir={folder}"]
-    try:
-        run = subprocess.run(
-            [*command, *(str(folder / "tests" / t) for t in TESTS[stem])],
-            cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True,
-            timeout=600, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return False
-    return run.returncode == 0
-
-
-def test_there_are_mutants_of_each_kind():
-    assert {kind for _, _, kind, _ in MUTANTS} == {kind for kind, *_ in MUTATIONS}
+    return mutations.Workshop(tmp_path_factory.mktemp("mutants"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("stem", TESTS)
-def test_unchanged_kernels_pass(workshop, stem):
-    assert run_tests(workshop, stem)
+@pytest.mark.parametrize("tests", sorted({tuple(tests) for tests in mutations.TESTS.values()}), ids=str)
+def test_unchanged_kernels_pass(workshop, tests):
+    assert workshop.red_test(list(tests)) is None
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m[0]}:{m[1] + 1}-{m[2]}".replace(" ", "-"))
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.file}:{m.number + 1}:{m.start + 1}")
 def test_mutant_is_noticed(workshop, mutant):
-    name, number, kind, line = mutant
-    path = workshop / "csrc" / "cuda" / name
-    original = path.read_text()
-    lines = original.splitlines()
-    reason = EQUIVALENT.get((name, lines[number].strip(), kind))
-    if reason:
-        pytest.skip(f"equivalent: {reason}")
-    lines[number] = line
-    path.write_text("\n".join(lines) + "\n")
-    try:
-        assert not run_tests(workshop, name.split(".")[0]), f"{name}:{number + 1}: {line.strip()}"
-    finally:
-        path.write_text(original)
+    if mutant.key in mutations.EQUIVALENT:
+        pytest.skip(f"equivalent: {mutations.EQUIVALENT[mutant.key]}")
+    assert workshop.noticed(mutant) is not None, mutant.key

@@ -15,6 +15,12 @@ from fastgan.nn import ConvStack
 SIZES = (2, 4)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Once and here: two processes would wait for one another's compiler."""
+    library.load("cpu")
+
+
 def network() -> nn.Sequential:
     """Blocks that the CPU kernels know, one with frozen statistics, one of the library, and a BatchNorm in no block."""
     torch.manual_seed(0)
@@ -58,7 +64,6 @@ def own_images(dtype) -> tuple[Tensor, int]:
 
 
 def part(dtype, backend: str, penalty: bool) -> list[Tensor]:
-    library.load("cpu")
     net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*network()).to(dtype))
     reset_counts()
     results = outcome(net, *own_images(dtype), backend, penalty)
@@ -72,10 +77,8 @@ def part(dtype, backend: str, penalty: bool) -> list[Tensor]:
 @pytest.mark.parametrize("backend", ["eager", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_two_processes_are_one(pair, dtype, backend, penalty):
-    if backend == "cpu":
-        library.load("cpu")
-        if torch.ops.fastgan_cpu.instruction_set() == "plain":
-            pytest.skip("this processor has no AVX2: stacks run module by module here")
+    if backend == "cpu" and torch.ops.fastgan_cpu.instruction_set() == "plain":
+        pytest.skip("this processor has no AVX2: stacks run module by module here")
     parts = pair(part, dtype, backend, penalty)
     truth = outcome(copy.deepcopy(network()).double(), all_images().double(), 0, "eager", penalty)
     own = outcome(network().to(dtype), all_images().to(dtype), 0, "eager", penalty)

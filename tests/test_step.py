@@ -1,5 +1,6 @@
 """GanStep against the stock example and against the formulas, and what it must not compute."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan import Ema, GanStep, losses
+from fastgan import Ema, GanStep, fuse, losses
 from fastgan.backends import use_backend
 from fastgan.errors import FastganError
 from fastgan.nn import Discriminator, Generator
@@ -167,6 +168,31 @@ def test_discriminator_gradient_with_penalties_is_that_of_the_formula(r1, r2, wg
     assert len(captured) == len(list(reference.parameters()))
     for got, parameter in zip(captured, reference.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"r1": 0.5, "r2": 0.1, "penalty_interval": 2}], ids=["plain", "penalised"])
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_joint_batches_train_as_separate_ones(backend, options):
+    made = networks(torch.float64)
+    states = []
+    for joint in (False, True):
+        g, d = copy.deepcopy(made)
+        torch.manual_seed(3)
+        with use_backend(backend):
+            step = make_step(g, d, joint=joint, **options)
+            for _ in range(3):
+                metrics = step(real_batch(dtype=torch.float64))
+        states.append([*g.state_dict().values(), *d.state_dict().values(), *metrics.values()])
+    for one, two in zip(*states, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+def test_joint_batches_need_their_norms_in_stacks():
+    g, d = networks()
+    d.main = torch.nn.Sequential(*d.main)
+    with pytest.raises(FastganError, match=r"main\.3 is in none; call fastgan\.fuse"):
+        make_step(g, d, joint=True)
+    make_step(g, fuse(d), joint=True)
 
 
 def test_clipping_bounds_the_norm():

@@ -12,12 +12,19 @@ import torch
 from rich.console import Console
 from test_resume import assert_same_run, stop_after, wait_for_checkpoint
 
+from fastgan import library
 from fastgan.errors import CheckpointError, FastganError
 from fastgan.train import Trainer, checkpoint
 from fastgan.train.config import TrainConfig, parse
 from fastgan.train.log import read_log
 
 HARD = {"r1": 1.0, "penalty_interval": 3, "flip": True, "wgan_gp": 0.1, "lr_decay": "cosine", "clip_grad": 1.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Once and here: two processes would wait for one another's compiler."""
+    library.load("cpu")
 
 
 def train(config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -13,6 +13,14 @@ namespace fastgan::cpu::FASTGAN_ISA {
 enum ActivationRow { row_mean, row_scale, row_shift, activation_rows };  // more rows may follow
 enum GradientRow { row_a, row_b, row_c, row_gradient_mean, gradient_rows };
 
+// A batch may hold several one after the other, each with a set of constants, and of sums, of its own.
+constexpr int64_t set_rows = 4;  // of a set of constants, of either kind
+template <class Side>
+Side of_image(Side side, int64_t image, int64_t C) {
+  if (side.constants) side.constants += image / side.images_per_set * set_rows * C;
+  return side;
+}
+
 template <class T>
 FASTGAN_INLINE Vec<T> normalised(Vec<T> y, Vec<T> mean, Vec<T> scale, Vec<T> shift) {
   return fma(y - mean, scale, shift);
@@ -38,6 +46,7 @@ struct Source {
   const T* b = nullptr;
   const T* constants = nullptr;
   T slope = 1;
+  int64_t images_per_set = 1;
 };
 
 // What becomes of a convolution's result x:
@@ -53,6 +62,7 @@ struct Sink {
   const T* y = nullptr;
   const T* constants = nullptr;
   T slope = 1;
+  int64_t images_per_set = 1;
   T* partial = nullptr;  // [image * blocks_per_image][2][C]
 };
 
@@ -105,7 +115,8 @@ struct Frame {
 };
 
 template <class T>
-void read_image(const Source<T>& s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, T* copy) {
+void read_image(const Source<T>& source, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, T* copy) {
+  Source<T> s = of_image(source, image, C);
   int64_t below = frame.rows - frame.border - H, right = frame.columns - frame.border - W;
   std::fill_n(copy, frame.border * frame.columns * frame.channels, T(0));
   std::fill_n(copy + frame.size() - below * frame.columns * frame.channels, below * frame.columns * frame.channels, T(0));
@@ -177,8 +188,9 @@ void finish_block(const Sink<T>& s, const T* in, int64_t in_pixel, int64_t in_ro
 
 // The block of rows from y on; `in` is its first pixel.
 template <class T>
-void write_block(const Sink<T>& s, int64_t image, int64_t H, int64_t W, int64_t C, int64_t y, const T* in, int64_t in_pixel,
-                 int64_t in_row) {
+void write_block(const Sink<T>& sink, int64_t image, int64_t H, int64_t W, int64_t C, int64_t y, const T* in,
+                 int64_t in_pixel, int64_t in_row) {
+  Sink<T> s = of_image(sink, image, C);
   int64_t rows = std::min(block_rows(W), H - y), at = (image * H + y) * W * C;
   T* partial = s.partial + (image * blocks_per_image(H, W) + y / block_rows(W)) * 2 * C;
   switch (s.kind) {

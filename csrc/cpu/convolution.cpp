@@ -1,5 +1,7 @@
 #include "cpu/convolution.h"
 
+#include <algorithm>
+
 #include "cpu/operators.h"
 #include "cpu/tensors.h"
 
@@ -10,7 +12,15 @@ using torch::headeronly::ScalarType;
 
 const void* pointer(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// An operand's three tensors: a [N, C, H, W], with constants [4, C], or with b like a and constants [4, C].
+// How many sets of constants [4 * sets, C] a batch of N has, each for as many images.
+int64_t sets_of(const char* op, const char* name, const Tensor& constants, int64_t N, int64_t C, ScalarType dtype) {
+  int64_t sets = constants.dim() == 2 ? std::max<int64_t>(1, constants.size(0) / 4) : 1;
+  check(op, name, constants, {4 * sets, C}, false, dtype);
+  STD_TORCH_CHECK(N % sets == 0, op, ": ", sets, " sets of ", name, " must divide the batch, got ", N, " images");
+  return sets;
+}
+
+// An operand's three tensors: a [N, C, H, W], with constants [4 * sets, C], or with b like a and constants.
 OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& constants,
                  double slope) {
   ScalarType dtype = a.scalar_type();
@@ -18,8 +28,8 @@ OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b
   check(op, "input", a, shape_of(a), true, dtype);
   STD_TORCH_CHECK(!b || constants, op, ": a second operand needs constants");
   if (b) check(op, "second operand", *b, shape_of(a), true, dtype);
-  if (constants) check(op, "constants", *constants, {4, a.size(1)}, false, dtype);
-  return {a.const_data_ptr(), pointer(b), pointer(constants), slope};
+  int64_t sets = constants ? sets_of(op, "constants", *constants, a.size(0), a.size(1), dtype) : 1;
+  return {a.const_data_ptr(), pointer(b), pointer(constants), slope, a.size(0) / sets};
 }
 
 void run(const Convolution& c, ScalarType dtype) {
@@ -35,7 +45,7 @@ void check_sides(const char* op, int64_t large, int64_t small) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, std::optional<Tensor> constants, double slope,
-                                    Tensor weight, bool to_large, int64_t height, int64_t width, bool statistics,
+                                    Tensor weight, bool to_large, int64_t height, int64_t width, int64_t statistics,
                                     std::optional<Tensor> output_y, std::optional<Tensor> output_constants,
                                     double output_slope, int64_t scheme) {
   const char* op = "convolve";
@@ -51,14 +61,17 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
   STD_TORCH_CHECK(!output_y == !output_constants, op, ": output_y and output_constants come together");
   STD_TORCH_CHECK(!(statistics && output_y), op, ": statistics and output_y exclude each other");
   Tensor out = empty_channels_last(input, {N, to, height, width});
-  Tensor sums = torch::stable::new_zeros(input, {statistics || output_y ? 2 : 0, to});
+  STD_TORCH_CHECK(statistics >= 0 && (statistics == 0 || N % statistics == 0), op, ": statistics are of equal parts of the batch, got ",
+                  statistics, " parts of ", N, " images");
+  int64_t sets = output_y ? sets_of(op, "output_constants", *output_constants, N, to, dtype) : statistics;
+  Tensor sums = torch::stable::new_zeros(input, {2 * sets, to});
   ResultView result{out.mutable_data_ptr(), sums.numel() ? sums.mutable_data_ptr() : nullptr};
   if (output_y) {
     check(op, "output_y", *output_y, {N, to, height, width}, true, dtype);
-    check(op, "output_constants", *output_constants, {4, to}, false, dtype);
     result.y = output_y->const_data_ptr(), result.constants = output_constants->const_data_ptr();
     result.slope = output_slope;
   }
+  if (sets) result.images_per_set = N / sets;
   Convolution c{to_large ? Direction::to_large : Direction::to_small,
                 N, C, to_large ? height : input.size(2), to_large ? width : input.size(3),
                 K, to_large ? input.size(2) : height, to_large ? input.size(3) : width, scheme};

@@ -13,15 +13,17 @@ struct OperandView {
   const void* b = nullptr;
   const void* constants = nullptr;
   double slope = 1;
+  int64_t images_per_set = 1;  // of constants
 };
 
-// With sums [2, channels] the statistics of the result; with sums, y and constants its product with phi'(v(y)) and two sums.
+// With sums [2, channels] for each set the statistics of the result; with sums, y and constants its product with phi'(v(y)) and two sums.
 struct ResultView {
   void* out = nullptr;
   void* sums = nullptr;
   const void* y = nullptr;
   const void* constants = nullptr;
   double slope = 1;
+  int64_t images_per_set = 1;  // of constants and sums
 };
 
 enum class Direction { to_small, to_large, to_weight };

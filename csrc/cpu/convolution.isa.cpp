@@ -52,6 +52,7 @@ Source<T> source_of(const OperandView& v) {
   Source<T> s;
   s.a = static_cast<const T*>(v.a), s.b = static_cast<const T*>(v.b);
   s.constants = static_cast<const T*>(v.constants), s.slope = static_cast<T>(v.slope);
+  s.images_per_set = v.images_per_set;
   s.kind = v.b ? Operand::gradient : v.constants ? Operand::activation : Operand::plain;
   return s;
 }
@@ -64,6 +65,7 @@ struct Output {
   Output(const ResultView& v, int64_t N, int64_t H, int64_t W, int64_t C) : sums(static_cast<T*>(v.sums)) {
     sink.out = static_cast<T*>(v.out), sink.y = static_cast<const T*>(v.y);
     sink.constants = static_cast<const T*>(v.constants), sink.slope = static_cast<T>(v.slope);
+    sink.images_per_set = v.images_per_set;
     sink.kind = v.y ? Finish::backward : v.sums ? Finish::statistics : Finish::plain;
     if (sums) sink.partial = scratch<T>(Scratch::partial, N * blocks_per_image(H, W) * 2 * C);
   }
@@ -71,7 +73,10 @@ struct Output {
     if (!sums) return;
     int64_t step = block_rows(W), per_image = blocks_per_image(H, W);
     auto count_of = [&](int64_t block) { return std::min(step, H - block % per_image * step) * W; };
-    combine_blocks(sink.kind, sink.partial, N * per_image, count_of, C, sums);
+    int64_t blocks = sink.images_per_set * per_image;
+    for (int64_t set = 0; set * sink.images_per_set < N; set++) {
+      combine_blocks(sink.kind, sink.partial + set * blocks * 2 * C, blocks, count_of, C, sums + set * 2 * C);
+    }
   }
 };
 

@@ -14,10 +14,11 @@ std::string instruction_set();
 
 // A 4x4 stride-2 padding-1 convolution with weight [K, C, 4, 4] (contiguous or channels-last) from its large side [N, C, 2H, 2W] to its small side
 // [N, K, H, W], or, to_large, its transpose; what is done to operand and result on the way stands in block.h. Returns
-// the result and its sums [2, channels] (or [0, channels]).
+// the result and its sums [2 * sets, channels]: `statistics` says of how many equal parts of the batch, 0 for none; with
+// output_y it is as many as its constants [4 * sets, channels] are for.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> convolve(
     torch::stable::Tensor input, std::optional<torch::stable::Tensor> second, std::optional<torch::stable::Tensor> constants,
-    double slope, torch::stable::Tensor weight, bool to_large, int64_t height, int64_t width, bool statistics,
+    double slope, torch::stable::Tensor weight, bool to_large, int64_t height, int64_t width, int64_t statistics,
     std::optional<torch::stable::Tensor> output_y, std::optional<torch::stable::Tensor> output_constants,
     double output_slope, int64_t scheme);
 

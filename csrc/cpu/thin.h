@@ -37,7 +37,7 @@ struct Thin {
     int64_t at = (image * s.H + y) * s.W * s.K;
     if (source.kind == Operand::plain && columns == s.K) return source.a + at;
     T* row = scratch<T>(Scratch::small, s.W * columns);
-    operand_pixels(source, s.K, at, s.W, row, columns);
+    operand_pixels(of_image(source, image, s.K), s.K, at, s.W, row, columns);
     return row;
   }
 

@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks)
     for (int i = 0; i < V; i++) constants[i] = operation.channel((column + i) % rows.channels);
     for_rows<V>(operation, rows, column, [&](int64_t, const auto& loaded, int first) {
       operation.add(
-          loaded, [&](int i) { return constants[first + i]; }, [&](int i) -> auto& { return running[first + i]; });
+          loaded, [&](int i) { return constants[first + i]; }, [&](int i) -> Sums& { return running[first + i]; });
     });
   }
   // Combine the rows of a warp, then the warps.
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(block_threads, least_blocks)
   Sums running;
   for_positions<V>(operation, planes, blockIdx.x, [&](int64_t, const auto& loaded) {
     operation.add(
-        loaded, [&](int) { return constants; }, [&](int) -> auto& { return running; });
+        loaded, [&](int) { return constants; }, [&](int) -> Sums& { return running; });
   });
   Total of_lanes;
   of_lanes.add(running);

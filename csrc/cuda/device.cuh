@@ -79,7 +79,11 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
   announce_vector(p, true);
   uint4 raw;
   memcpy(&raw, &vector, sizeof raw);
+#ifdef FASTGAN_SIMT
   *reinterpret_cast<uint4*>(p) = raw;
+#else  // the compiler may split an assignment where it cannot prove the alignment, and does
+  asm volatile("st.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w) : "memory");
+#endif
 }
 
 __host__ __device__ constexpr int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }

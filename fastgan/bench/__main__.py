@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from fastgan.bench import plot, results
-from fastgan.bench.machine import peaks
+from fastgan.bench.machine import best_of, peaks
 from fastgan.bench.pairing import MIN_ROUNDS
 from fastgan.bench.steps import providers
 from fastgan.command import run_command
@@ -33,8 +33,12 @@ class BenchConfig:
     """how often each competitor takes its turn, at least 6"""
     case: str = ""
     """only cases whose name contains this, such as "DCGAN-64" or "batch 32, bf16" """
+    compiled: bool = True
+    """torch.compile too, which takes a minute or more to compile each case the first time"""
     memory: bool = True
     """measure the peak memory of each competitor too, in processes of their own"""
+    options: bool = False
+    """measure fastgan's options too: joint batches, and the discriminator's first convolution recomputed"""
     json: Path | None = None
     """write the data, with machine, versions and commit, here"""
     plot: Path | None = None
@@ -68,16 +72,19 @@ def bench(config: BenchConfig) -> list[str]:
     cases = results.select(config.case, config.quick)
     old = None if config.compare is None else results.read(config.compare)
     best = peaks(device)
-    competitors = {n: p for n, p in providers(device).items() if not (config.quick and n == "compiled")}
-    print("measured peaks: " + ", ".join(f"{rate:.0f} {name}" for name, rate in best.items()))
+    competitors = providers(device, config.options)
+    if config.quick or not config.compiled:
+        del competitors["compiled"]
     print("competitors: " + "; ".join(f"{name}: {provider.what}" for name, provider in competitors.items()))
     rows = []
     for case in cases:
-        row = results.measure(case, device, competitors, config.rounds, best)
+        row = results.measure(case, device, competitors, config.rounds)
         if config.memory and not config.quick:
             row |= results.measure_memory(case, device, competitors)
         rows.append(row)
-        print("\n" + "\n".join(lines(row)), flush=True)
+        best = best_of(best, peaks(device))
+        print("\n" + "\n".join(lines(row, best)), flush=True)
+    print("\nmeasured peaks: " + ", ".join(f"{rate:.0f} {name}" for name, rate in best.items()))
     if config.json is not None:
         results.save(results.document(device, best, rows), config.json)
     if config.plot is not None:
@@ -85,23 +92,23 @@ def bench(config: BenchConfig) -> list[str]:
     return [] if old is None else results.regressions(old["rows"], rows)
 
 
-def lines(row: results.Row) -> list[str]:
+def lines(row: results.Row, peaks: dict[str, float]) -> list[str]:
     """What is printed of one case."""
     found = [row["case"]]
     for name in row["seconds"]:
-        text = f"  {name:<10}{results.images_per_second(row, name):8.0f} images/s"
+        text = f"  {name:<20}{results.images_per_second(row, name):8.0f} images/s"
         text += f"{1e3 * results.step_seconds(row, name):9.1f} ms a step"
         if (peak := row.get("peak_bytes", {}).get(name)) is not None:
             text += f"{peak / 2**20:8.0f} MiB"
         if name != "stock":
             text += f"   {results.times_as_fast(row, 'stock', name)} times stock"
         found.append(text)
-    other, floor = results.best_other(row), row["floor_seconds"]
+    other, floor = results.best_other(row), results.floor_seconds(row, peaks)
     found.append(f"  fastgan is {results.times_as_fast(row, other)} times as fast as {other}")
     found.append(
         f"  floor {1e3 * sum(floor.values()):.1f} ms ({1e3 * floor['multiplications']:.1f} multiplying, "
-        f"{1e3 * floor['memory']:.1f} memory): {100 * results.floor_share(row):.0f} % of it reached, "
-        f"{row['gflop'] / results.step_seconds(row):.0f} GFLOP/s by the convolutions' definition"
+        f"{1e3 * floor['memory']:.1f} memory): {100 * results.floor_share(row, peaks):.0f} % of it reached, "
+        f"{results.gflops(row):.0f} GFLOP/s by the convolutions' definition"
     )
     for network, kept in row.get("kept_bytes", {}).get("fastgan", {}).items():
         eager = row["kept_bytes"]["tuned"][network]

@@ -28,20 +28,25 @@ def passes(case: Case) -> list[tuple[Layer, int]]:
     ]
 
 
-def gflop(case: Case) -> float:
-    """Of the convolutions of a step by their definition."""
-    return sum(times * layer.gflop(case.batch_size) for layer, times in passes(case))
-
-
-def floor(case: Case, peaks: dict[str, float]) -> dict[str, float]:
-    """Seconds of multiplications and of memory, at the `peaks` of `machine.peaks`."""
-    rate = max(rate for name, rate in peaks.items() if name in ("fp32 GFLOP/s", f"{case.precision} GFLOP/s"))
-    multiplications = memory = 0.0
+def work(case: Case) -> dict[str, float]:
+    """What a step has to compute and move: GFLOP of its convolutions by their definition, GFLOP that the kernels'
+    algorithms leave of it, GB through memory."""
+    found = {"definition GFLOP": 0.0, "GFLOP": 0.0, "GB": 0.0}
     for layer, times in passes(case):
-        multiplications += times * layer.gflop(case.batch_size) * (WINOGRAD if transforms(layer) else 1.0) / rate
-        memory += times * layer.gigabytes(case.batch_size, case.dtype.itemsize) / peaks["copy GB/s"]
+        gflop = times * layer.gflop(case.batch_size)
+        found["definition GFLOP"] += gflop
+        found["GFLOP"] += gflop * (WINOGRAD if transforms(layer) else 1.0)
+        found["GB"] += times * layer.gigabytes(case.batch_size, case.dtype.itemsize)
     parameters = sum(p.numel() for network in case.networks(torch.device("meta")) for p in network.parameters())
-    return {"multiplications": multiplications, "memory": memory + 1e-9 * ADAM_BYTES * parameters / peaks["copy GB/s"]}
+    found["GB"] += 1e-9 * ADAM_BYTES * parameters
+    return found
+
+
+def floor(work: dict[str, float], precision: str, peaks: dict[str, float]) -> dict[str, float]:
+    """Seconds of multiplications and of memory for `work`, at the `peaks` of `machine.peaks`. Where 16 bits are slower
+    than 32, as on processors that lack them, the faster counts."""
+    rate = max(peaks["fp32 GFLOP/s"], peaks[f"{precision} GFLOP/s"])
+    return {"multiplications": work["GFLOP"] / rate, "memory": work["GB"] / peaks["copy GB/s"]}
 
 
 def transforms(layer: Layer) -> bool:

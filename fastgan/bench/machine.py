@@ -1,5 +1,6 @@
 """What a measurement belongs to, and what its machine can do at best."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from fastgan.bench.cases import PRECISIONS
 from fastgan.bench.pairing import seconds
 from fastgan.versions import device_name, versions
 
+_PLACES = ("--json", "--plot", "--rows", "--compare")
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, commit and command."""
+
+def environment(device: torch.device, program: str = "python -m fastgan.bench") -> dict[str, Any]:
+    """Machine, versions, commit, and the command: `program` with this process's arguments."""
     return {
         "machine": device_name(device),
         "device": device.type,
@@ -22,8 +25,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": versions(),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join(["python -m fastgan.bench", *sys.argv[1:]]),
+        "command": f"{program} {_measuring(sys.argv[1:])}".rstrip(),
     }
+
+
+def _measuring(arguments: list[str]) -> str:
+    """The arguments without the options that say where results lie, which are the machine's own."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return shlex.join(a for before, a in pairs if before not in _PLACES and a.partition("=")[0] not in _PLACES)
 
 
 def _git(*arguments: str) -> str | None:
@@ -44,6 +53,11 @@ def peaks(device: torch.device) -> dict[str, float]:
     target = torch.ones_like(source)
     found["copy GB/s"] = 2e-9 * source.nbytes / _best(lambda: target.copy_(source), device)
     return found
+
+
+def best_of(*measured: dict[str, float]) -> dict[str, float]:
+    """The best of several measurements of `peaks`: a machine shared with others shows its peak only now and then."""
+    return {name: max(rates[name] for rates in measured) for name in measured[0]}
 
 
 def _matrix_gflops(dtype: torch.dtype, device: torch.device) -> float:

@@ -54,7 +54,7 @@ def peak_bytes(case: Case, provider: str, device: torch.device) -> int | None:
 
 
 def _peak(case: Case, provider: str, device: torch.device) -> int | None:
-    competitor = providers(device)[provider]
+    competitor = providers(device, options=True)[provider]
     competitor.step(dataclasses.replace(case, batch_size=2), device)()  # libraries loaded, threads started
     before = _status("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated(device)
     step = competitor.step(case, device)

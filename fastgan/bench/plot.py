@@ -27,7 +27,7 @@ def draw(rows: list[Row], machine: str, path: Path) -> None:
     """Bars of the speed relative to the stock step, with confidence intervals, as a PNG."""
     from matplotlib.figure import Figure  # takes a second: only where there is something to draw
 
-    figure = Figure(figsize=(8, 1.0 + 0.48 * len(rows)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 1.1 + 0.48 * len(rows)), dpi=100, layout="constrained")
     axis = figure.subplots()
     for offset, label, colour in ((0.2, "best eager or compiled", "#9aa5b1"), (-0.2, "fastgan", "#2f6fde")):
         bars = [times_as_fast(row, "stock", best_other(row) if offset > 0 else "fastgan") for row in rows]
@@ -40,6 +40,6 @@ def draw(rows: list[Row], machine: str, path: Path) -> None:
     axis.set_yticks(range(len(rows)), [row["case"] for row in reversed(rows)], fontsize=8)
     axis.set_xlabel(f"times the speed of the stock PyTorch step on {machine}", fontsize=8)
     axis.tick_params(labelsize=8)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside upper right", ncols=2)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", metadata={_DATA: digest(rows), "Software": None})

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastgan.bench.cases import CASES, Case
-from fastgan.bench.floor import floor, gflop
+from fastgan.bench.floor import floor, work
 from fastgan.bench.machine import environment
 from fastgan.bench.memory import case_kept_bytes, peak_bytes
 from fastgan.bench.pairing import Interval, interleave, ratio, seconds
@@ -23,10 +23,8 @@ ROUND_SECONDS = 0.2  # a competitor's turn lasts at least about this long
 Row = dict[str, Any]
 
 
-def measure(
-    case: Case, device: torch.device, competitors: dict[str, Provider], rounds: int, peaks: dict[str, float]
-) -> Row:
-    """Seconds per step of each competitor in each round, and what the step computes and could take at best."""
+def measure(case: Case, device: torch.device, competitors: dict[str, Provider], rounds: int) -> Row:
+    """Seconds per step of each competitor in each round, and the work that the step is."""
     steps = {name: provider.step(case, device) for name, provider in competitors.items()}
     for step in steps.values():
         seconds(step, 2, device)  # compiles, and lets libraries choose
@@ -39,15 +37,15 @@ def measure(
         "kimg": case.kimg,
         "steps_per_round": calls,
         "seconds": times,
-        "gflop": gflop(case),
-        "floor_seconds": floor(case, peaks),
+        "work": work(case),
     }
 
 
 def measure_memory(case: Case, device: torch.device, competitors: Iterable[str]) -> Row:
-    """Peak bytes of each competitor, each in a process of its own; bytes kept for backward by eager and fastgan."""
+    """Peak bytes of each competitor, each in a process of its own, without torch.compile, whose compiler would be what
+    is measured; bytes kept for backward by eager and fastgan."""
     return {
-        "peak_bytes": {name: peak_bytes(case, name, device) for name in competitors},
+        "peak_bytes": {name: peak_bytes(case, name, device) for name in competitors if name != "compiled"},
         "kept_bytes": {
             name: case_kept_bytes(case, device, providers(device)[name].backend) for name in ("tuned", "fastgan")
         },
@@ -80,9 +78,19 @@ def run_seconds(row: Row) -> float:
     return 1e3 * row["kimg"] / images_per_second(row)
 
 
-def floor_share(row: Row) -> float:
+def floor_seconds(row: Row, peaks: dict[str, float]) -> dict[str, float]:
+    """The least time that a step could take at `peaks`, in its parts."""
+    return floor(row["work"], row["precision"], peaks)
+
+
+def floor_share(row: Row, peaks: dict[str, float]) -> float:
     """The floor over the time taken: 1 is as fast as can be."""
-    return sum(row["floor_seconds"].values()) / step_seconds(row)
+    return sum(floor_seconds(row, peaks).values()) / step_seconds(row)
+
+
+def gflops(row: Row) -> float:
+    """GFLOP/s of the step, all of it, counting what the definition of its convolutions multiplies."""
+    return row["work"]["definition GFLOP"] / step_seconds(row)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

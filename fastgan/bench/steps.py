@@ -34,8 +34,9 @@ class Provider(NamedTuple):
         return run
 
 
-def providers(device: torch.device) -> dict[str, Provider]:
-    """The competitors on `device` by name, the stock example first; backends that cannot run there are left out."""
+def providers(device: torch.device, options: bool = False) -> dict[str, Provider]:
+    """The competitors on `device` by name, the stock example first; backends that cannot run there are left out.
+    `options` adds fastgan with each option that trades time and memory."""
     found = {
         "stock": Provider(stock, "eager", "the step of PyTorch's DCGAN example: contiguous tensors, every gradient"),
         "tuned": Provider(tuned, "eager", "eager, channels-last, no gradient that is thrown away, fused Adam"),
@@ -46,6 +47,9 @@ def providers(device: torch.device) -> dict[str, Provider]:
         for backend in ("triton", "cuda"):
             if why_not(backend, device="cuda", dtype=torch.float32) is None:
                 found[f"fastgan {backend}"] = Provider(own, backend, f"fastgan with the backend {backend} forced")
+    if options:
+        found["fastgan joint"] = Provider(joint, None, "fastgan, real and fake images as one batch of 2N")
+        found["fastgan recomputing"] = Provider(recomputing, None, "fastgan, D's first convolution computed again")
     return found
 
 
@@ -89,18 +93,28 @@ def own(case: Case, device: torch.device) -> Callable[[], Any]:
     return _gan_step(case, device, *case.networks(device))
 
 
+def joint(case: Case, device: torch.device) -> Callable[[], Any]:
+    return _gan_step(case, device, *case.networks(device), joint=True)
+
+
+def recomputing(case: Case, device: torch.device) -> Callable[[], Any]:
+    generator, discriminator = case.networks(device)
+    discriminator.main.recompute_first = True
+    return _gan_step(case, device, generator, discriminator)
+
+
 def _plain(network: Generator | Discriminator) -> nn.Module:
     """The same modules in a plain `nn.Sequential`: nothing of fastgan in their way."""
     network.main = nn.Sequential(*network.main)  # type: ignore[assignment]
     return network
 
 
-def _gan_step(case: Case, device: torch.device, generator, discriminator, wrap=lambda network: network):
+def _gan_step(case: Case, device: torch.device, generator, discriminator, wrap=lambda network: network, **options):
     """`GanStep` as the trainer makes it: channels-last, fused Adam."""
     networks = [network.to(memory_format=torch.channels_last) for network in (generator, discriminator)]
     optimizers = [make_optimizer(network.parameters(), lr=LEARNING_RATE) for network in networks]
     autocast = None if case.precision == "fp32" else case.dtype
-    step = GanStep(*map(wrap, networks), *optimizers, latent_dim=case.latent_dim, autocast=autocast)
+    step = GanStep(*map(wrap, networks), *optimizers, latent_dim=case.latent_dim, autocast=autocast, **options)
     real = case.images(device).contiguous(memory_format=torch.channels_last)
     return lambda: step(real)
 

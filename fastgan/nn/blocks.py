@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastgan import backends
 from fastgan.ops import bn_act, conv_bn_act, conv_transpose_bn_act
+
+_KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LeakyReLU, nn.ReLU)
 
 
 class Block(NamedTuple):
@@ -74,6 +77,23 @@ def is_plain(module: nn.Module, *types: type) -> bool:
     """Exactly one of `types` (a parametrised module has a type of its own) and without hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) in types and not hooks
+
+
+def why_apart(module: nn.Module) -> str | None:
+    """Why a module of a kind that blocks are made of is in none; None: it is of no such kind."""
+    if not isinstance(module, _KINDS):
+        return None
+    if _has_any_global_hook():
+        return "there is a hook on all modules"
+    if is_parametrized(module):
+        return "it is parametrised"
+    if type(module) not in _KINDS:
+        return f"{type(module).__name__} may have a forward of its own"
+    if not is_plain(module, *_KINDS):
+        return "it has hooks"
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        return "its padding is not a number of zeros"
+    return "it follows no convolution of a block"
 
 
 def run_norm(norm: nn.SyncBatchNorm, input: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 backend can, with the activation deferred into the next convolution and one tensor kept per block.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from itertools import groupby
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.nn.blocks import Block, is_plain, parts, run_block, run_norm
+from fastgan.nn.blocks import Block, is_plain, parts, run_block, run_norm, why_apart
 from fastgan.nn.unit import run_blocks
 
 
@@ -20,8 +23,10 @@ class ConvStack(nn.Sequential):
     per forward. On CPU (float32, processors with AVX2) and by Triton on CUDA each run of blocks is one differentiable
     unit of fastgan's kernels: BatchNorm and activation are applied while the next convolution reads its input. Any
     other module, and a block whose modules have hooks, parametrisations or a type of their own, runs as it is; on other
-    devices and dtypes, under autocast on CPU and in compiled code each block runs as `conv_bn_act` or
-    `conv_transpose_bn_act`.
+    devices and dtypes and in compiled code each block runs as `conv_bn_act` or `conv_transpose_bn_act`.
+
+    On a CPU under autocast to bfloat16, where the library only emulates that type, the kernels compute in float32 and
+    the result is rounded: more precise and faster than eager there, with float32 kept for backward.
 
     `nn.SyncBatchNorm` (`nn.SyncBatchNorm.convert_sync_batchnorm`) normalises over all processes, on CPUs too.
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
@@ -33,18 +38,66 @@ class ConvStack(nn.Sequential):
     """
 
     recompute_first = False
+    batches = 1
 
     def forward(self, input: Tensor) -> Tensor:
         fused = why_unfused(input) is None
-        for index, (_, part) in enumerate(parts(self)):
-            if isinstance(part, list):
-                recompute = self.recompute_first and index == 0
-                input = _run_as_units(part, input, recompute) if fused else _run_by_operations(part, input)
-            elif isinstance(part, nn.SyncBatchNorm) and is_plain(part, nn.SyncBatchNorm):
-                input = run_norm(part, input)
+        if self.batches > 1 and not (fused and _takes_batches(self, input)):
+            each = _cut(input, self.batches)
+            with as_batches(self, 1):
+                return torch.cat([self.forward(batch) for batch in each])
+        for index, (name, part) in enumerate(parts(self)):
+            if isinstance(part, list) and fused:
+                input = _run_as_units(part, input, self.recompute_first and index == 0, self.batches)
+            elif isinstance(part, list):
+                input = _run_by_operations(part, input)
+            elif self.batches == 1:
+                input = _run_apart(name, part, input)
             else:
-                input = part(input)
+                input = torch.cat([_run_apart(name, part, batch) for batch in _cut(input, self.batches)])
         return input
+
+
+@contextmanager
+def as_batches(module: nn.Module, count: int) -> Iterator[None]:
+    """Within it an input of `module` holds `count` batches of one size, one after the other: every `ConvStack` in it
+    normalises each by its own statistics and updates the running ones in their order, as if they came one by one.
+
+    Modules outside of stacks must treat each image by itself. On CPU kernels a convolution takes all batches at once;
+    elsewhere they are taken apart.
+    """
+    stacks = [m for m in module.modules() if isinstance(m, ConvStack)]
+    before = [stack.batches for stack in stacks]
+    for stack in stacks:
+        stack.batches = count
+    try:
+        yield
+    finally:
+        for stack, batches in zip(stacks, before, strict=True):
+            stack.batches = batches
+
+
+def _takes_batches(stack: ConvStack, input: Tensor) -> bool:
+    """Whether one convolution may take several batches: the kernels know it, and no process waits for another."""
+    return _backend_of(input) == "cpu" and not any(isinstance(m, nn.SyncBatchNorm) for m in stack.modules())
+
+
+def _cut(input: Tensor, batches: int) -> list[Tensor]:
+    """The batches in `input`, as views of their own: modules that work in place refuse those of `chunk`."""
+    if len(input) % batches:
+        raise ValueError(f"ConvStack: {batches} batches of one size expected, got {len(input)} images")
+    size = len(input) // batches
+    return [input[first : first + size] for first in range(0, len(input), size)]
+
+
+def _run_apart(name: str, module: nn.Module, input: Tensor) -> Tensor:
+    """A module that is in no block, as it is."""
+    if not torch.compiler.is_compiling() and (reason := why_apart(module)) is not None:
+        backends.enter_layer(name)
+        backends.note(type(module).__name__, input, backends.Decision("eager", f"runs as it is: {reason}"))
+    if isinstance(module, nn.SyncBatchNorm) and is_plain(module, nn.SyncBatchNorm):
+        return run_norm(module, input)
+    return module(input)
 
 
 def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
@@ -53,16 +106,23 @@ def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
     return input
 
 
-def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool) -> Tensor:
+def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool, batches: int) -> Tensor:
     """Every stretch of blocks that the kernels know as one unit, the blocks between by operations."""
     kernels = import_module(f"fastgan.nn.stack_{_backend_of(input)}")
     marked = [(block, kernels.why_not_block(block, input) is None) for block in blocks]
     for known, pairs in groupby(marked, lambda pair: pair[1]):
         stretch = [block for block, _ in pairs]
-        if known:
-            input = run_blocks(kernels, stretch, input, recompute_first and stretch[0] is blocks[0])
-        else:
+        run = partial(
+            run_blocks, kernels, stretch, recompute_first=recompute_first and stretch[0] is blocks[0], batches=batches
+        )
+        if not known:
             input = _run_by_operations(stretch, input)
+        elif kernels.BACKEND == "cpu" and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                result = run(input.float())
+            input = result.to(torch.get_autocast_dtype("cpu"))
+        else:
+            input = run(input)
     return input
 
 
@@ -90,8 +150,13 @@ def why_unfused(input: Tensor) -> str | None:
 def _why_not_cpu(input: Tensor) -> str | None:
     if input.device.type != "cpu" or type(input) not in (Tensor, nn.Parameter):
         return "the input is not a plain CPU tensor"
-    if input.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
-        return "the kernels compute in float32 without autocast"
+    autocast = torch.is_autocast_enabled("cpu")
+    if autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return "autocast to another dtype than bfloat16"
+    if autocast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "the library computes in bfloat16 here, the kernels in float32"
+    if input.dtype not in (torch.float32, torch.float64) and not (autocast and input.dtype == torch.bfloat16):
+        return "the kernels compute in float32"
     from fastgan.nn.stack_cpu import why_not
 
     return why_not()

@@ -18,6 +18,7 @@ from fastgan.nn.unit import Norm, Operand, Step, channels_last, convolution_argu
 from fastgan.ops.bn_act_sync import combine, total
 
 BACKEND = "cpu"
+_ROWS = 4  # of a set of constants; a tensor of them holds one set for all images or one for each batch among them
 
 
 @cache
@@ -42,13 +43,13 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
     by_batch = step.norm is not None and step.norm.by_batch
     if _halves(step) and _own(step.transposed, operand.value, weight):
         size = [2 * n if step.transposed else n // 2 for n in operand.value.shape[2:]]
-        y, sums = _own_convolution(operand, weight, step.transposed, size, statistics=by_batch)
+        y, sums = _own_convolution(operand, weight, step.transposed, size, statistics=step.batches if by_batch else 0)
         return y, sums if by_batch else None
     y = _library_convolution(step, applied(operand), weight, bias)
     if not by_batch:
         return y, None
     count("cpu", "bn_stats")
-    return y, torch.stack(torch.ops.fastgan_cpu.bn_stats(y))
+    return y, torch.cat([torch.stack(torch.ops.fastgan_cpu.bn_stats(batch)) for batch in y.chunk(step.batches)])
 
 
 def shared(sums: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
@@ -60,12 +61,14 @@ def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, 
     norm = step.norm
     if norm is None:
         return None if step.slope == 1.0 else _identity(y.shape[1], y.dtype)
-    count = y.numel() // y.shape[1]
     if not norm.by_batch:
+        count = y.numel() // y.shape[1]
         frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(y.dtype)
         return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, 0.0)
-    running = running_statistics(norm, y)
-    return torch.ops.fastgan_cpu.block_constants(sums, norm.values, gamma, beta, norm.eps, *running, norm.momentum)
+    assert sums is not None
+    same = (norm.values, gamma, beta, norm.eps, *running_statistics(norm, y))
+    pairs = zip(sums.split(2), norm.momenta, strict=True)
+    return torch.cat([torch.ops.fastgan_cpu.block_constants(own, *same, momentum) for own, momentum in pairs])
 
 
 @cache
@@ -77,7 +80,7 @@ def applied(operand: Operand) -> Tensor:
     if operand.constants is None:
         return operand.value
     count("cpu", "block_apply")
-    return torch.ops.fastgan_cpu.block_apply(operand.value, operand.constants, operand.slope)
+    return _by_sets(torch.ops.fastgan_cpu.block_apply, operand.value, operand.constants, operand.slope)
 
 
 def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand, Tensor | None]:
@@ -87,9 +90,9 @@ def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand
     count("cpu", "block_backward")
     if step.norm is None:
         return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, None, step.slope)), None
-    sums = torch.ops.fastgan_cpu.block_reduce(dz, y, constants, step.slope)
+    sums = _by_sets(torch.ops.fastgan_cpu.block_reduce, dz, y, constants, step.slope)
     by, affine = _gradient_constants(step.norm, sums, constants)
-    return Operand(torch.ops.fastgan_cpu.block_backward(dz, y, constants, by, step.slope)), affine
+    return Operand(_by_sets(torch.ops.fastgan_cpu.block_backward, dz, y, constants, by, step.slope)), affine
 
 
 def block_gradient(
@@ -102,6 +105,15 @@ def block_gradient(
         return Operand(g), None
     by, affine = _gradient_constants(before.norm, sums, operand.constants)
     return Operand(g, operand.value, by), affine
+
+
+def _by_sets(run: Any, *arguments: Any) -> Tensor:
+    """`run(*arguments)`, on each part of the batch that has a set of constants of its own."""
+    sets = max(len(a) // _ROWS for a in arguments if isinstance(a, Tensor) and a.dim() == 2)
+    if sets == 1:
+        return run(*arguments)
+    parts = [a.chunk(sets) if isinstance(a, Tensor) else (a,) * sets for a in arguments]
+    return torch.cat([run(*part) for part in zip(*parts, strict=True)])
 
 
 def input_gradient(step: Step, operand: Operand, gradient: Operand, weight: Tensor) -> Tensor:
@@ -122,8 +134,11 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
 
 
 def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-    """[A, B, C, mu] from the sums over all processes, and this process's part of the affine gradient."""
-    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
+    """[A, B, C, mu] of each set from the sums over all processes, and this process's part of the affine gradient, which
+    all sets share."""
+    pairs = zip(sums.split(2), constants.split(_ROWS), strict=True)
+    each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, norm.values) for pair in pairs]
+    by, affine = torch.cat([by for by, _ in each]), torch.stack([affine for _, affine in each]).sum(0)
     if norm.group is not None:
         everywhere = total(sums, norm.group)
         by, _ = torch.ops.fastgan_cpu.block_gradient_constants(everywhere, constants, norm.values)
@@ -148,7 +163,7 @@ def _own(to_large: bool, value: Tensor, weight: Tensor) -> bool:
 
 
 def _own_convolution(
-    operand: Operand, weight: Tensor, to_large: bool, size, statistics: bool = False, output: Operand | None = None
+    operand: Operand, weight: Tensor, to_large: bool, size, statistics: int = 0, output: Operand | None = None
 ) -> tuple[Tensor, Tensor]:
     count("cpu", "convolve")
     y, constants, slope = (None, None, 1.0) if output is None else (output.value, output.constants, output.slope)
@@ -165,12 +180,21 @@ def _is_product(step: Step, input: Tensor, weight: Tensor) -> bool:
     return plain and tuple(input.shape[2:]) == ((1, 1) if step.transposed else tuple(weight.shape[2:]))
 
 
+def _matrix(tensor: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H * W * C]: without a copy where it is channels-last, as images and weights mostly are."""
+    return tensor.permute(0, 2, 3, 1).flatten(1)
+
+
+def _images(rows: Tensor, weight: Tensor, large: bool) -> Tensor:
+    """Back from `_matrix`: rows of `weight`'s size, or of a single pixel."""
+    _, channels, height, width = weight.shape
+    return rows.view(-1, height, width, channels).permute(0, 3, 1, 2) if large else rows[:, :, None, None]
+
+
 def _library_convolution(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None and _is_product(step, input, weight):
-        if step.transposed:
-            y = (input.flatten(1) @ weight.flatten(1)).unflatten(1, weight.shape[1:])
-        else:
-            y = (input.flatten(1) @ weight.flatten(1).t())[:, :, None, None]
+        matrix = _matrix(weight)
+        y = _images(_matrix(input) @ (matrix if step.transposed else matrix.t()), weight, step.transposed)
     else:
         y = torch.convolution(input, weight, bias, *convolution_arguments(step))
     return channels_last(y)
@@ -181,13 +205,16 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
     dy = gradient.value
     if gradient.constants is not None:
         count("cpu", "block_backward")
-        dy = torch.ops.fastgan_cpu.block_backward(dy, gradient.second, None, gradient.constants, 1.0)
+        dy = _by_sets(torch.ops.fastgan_cpu.block_backward, dy, gradient.second, None, gradient.constants, 1.0)
     if not mask[2] and _is_product(step, input, weight):
-        rows, flat = input.flatten(1), dy.flatten(1)
-        matrix = weight.flatten(1)
+        rows, flat, matrix = _matrix(input), _matrix(dy), _matrix(weight)
         left, right = (rows, flat) if step.transposed else (flat, rows)
-        dx = (flat @ matrix.t() if step.transposed else flat @ matrix).view(input.shape) if mask[0] else None
-        dw = (left.t() @ right).view(weight.shape) if mask[1] else None
+        dx = (
+            _images(flat @ (matrix.t() if step.transposed else matrix), weight, not step.transposed)
+            if mask[0]
+            else None
+        )
+        dw = _images(left.t() @ right, weight, True) if mask[1] else None
         return [None if dx is None else channels_last(dx), dw, None]
     bias_size = [dy.shape[1]] if mask[2] else None
     dx, dw, db = torch.ops.aten.convolution_backward(dy, input, weight, bias_size, *convolution_arguments(step), mask)

@@ -42,7 +42,7 @@ def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, 
     if norm is None:
         return None
     running = running_statistics(norm, y) if norm.by_batch else (norm.running_mean, norm.running_var)
-    return _run("block_constants", y, sums, gamma, beta, *running, norm.eps, norm.momentum)
+    return _run("block_constants", y, sums, gamma, beta, *running, norm.eps, *norm.momenta)
 
 
 def applied(operand: Operand) -> Tensor:

@@ -25,7 +25,7 @@ class Norm(NamedTuple):
 
     by_batch: bool
     eps: float
-    momentum: float
+    momenta: tuple[float, ...]  # of each batch that the input holds: without a momentum they fall from one to the next
     running_mean: Any
     running_var: Any
     group: Any
@@ -46,6 +46,7 @@ class Step(NamedTuple):
     bias: bool
     norm: Norm | None
     slope: float
+    batches: int  # that the input holds one after the other, each with statistics of its own
 
 
 class Operand(NamedTuple):
@@ -108,8 +109,11 @@ class _Run(NamedTuple):
     recompute_first: bool  # the first y is not kept but computed again for the backward pass
 
 
-def run_blocks(kernels: Any, blocks: list[Block], input: Tensor, recompute_first: bool = False) -> Tensor:
-    """The blocks one after the other, as `nn.Sequential` would run them; see `ConvStack.recompute_first`."""
+def run_blocks(
+    kernels: Any, blocks: list[Block], input: Tensor, *, recompute_first: bool = False, batches: int = 1
+) -> Tensor:
+    """The blocks one after the other, as `nn.Sequential` would run them on each of the `batches` in `input`; see
+    `ConvStack.recompute_first`."""
     parameters: list[Tensor | None] = []
     for block in blocks:
         parameters += [block.conv.weight, block.conv.bias]
@@ -117,7 +121,7 @@ def run_blocks(kernels: Any, blocks: list[Block], input: Tensor, recompute_first
     device = input.device.type
     lower = autocasts(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lower else input.dtype
-    run = _Run(kernels, [_step(block) for block in blocks], dtype, recompute_first)
+    run = _Run(kernels, [_step(block, batches) for block in blocks], dtype, recompute_first)
     return _Blocks.apply(run, input, *parameters)
 
 
@@ -141,19 +145,21 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _step(block: Block) -> Step:
+def _step(block: Block, batches: int) -> Step:
     conv = block.conv
     return Step(
         block.name, isinstance(conv, nn.ConvTranspose2d), conv.kernel_size, conv.stride, conv.padding,
-        conv.output_padding, conv.dilation, conv.groups, conv.bias is not None, _norm(block.norm), block.slope,
+        conv.output_padding, conv.dilation, conv.groups, conv.bias is not None, _norm(block.norm, batches),
+        block.slope, batches,
     )  # fmt: skip
 
 
-def _norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None) -> Norm | None:
+def _norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None, batches: int) -> Norm | None:
     if norm is None:
         return None
-    by = batch_norm_arguments(norm)
-    return Norm(by["training"], by["eps"], by["momentum"], by["running_mean"], by["running_var"], by["process_group"])
+    each = [batch_norm_arguments(norm) for _ in range(batches)]
+    by, momenta = each[0], tuple(by["momentum"] for by in each)
+    return Norm(by["training"], by["eps"], momenta, by["running_mean"], by["running_var"], by["process_group"])
 
 
 class _Blocks(torch.autograd.Function):
@@ -204,7 +210,7 @@ def _counted(kernels: Any, step: Step, y: Tensor, sums: Tensor | None) -> tuple[
     """The step that knows how many values its statistics have, and these, over all processes that share them."""
     if step.norm is None or sums is None:
         return step, sums
-    count = y.numel() // y.shape[1]
+    count = y.numel() // y.shape[1] // step.batches
     if step.norm.group is not None:
         sums, count = kernels.shared(sums, count, step.norm.group)
     return step._replace(norm=step.norm._replace(values=count)), sums
@@ -275,7 +281,8 @@ def _definition(run: _Run, z: Tensor, parameters) -> Tensor:
             norm = step.norm
             mean, var = (None, None) if norm.by_batch else (norm.running_mean, norm.running_var)
             if norm.group is None:
-                z = F.batch_norm(z, mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps)
+                same = (mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps)
+                z = torch.cat([F.batch_norm(batch, *same) for batch in z.chunk(step.batches)])
             else:
                 z = definition(z, gamma, beta, norm.values, norm.eps, 1.0, norm.group)
         if step.slope != 1.0:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgan import library
-from fastgan.backends import run
+from fastgan.backends import runner_of
 from fastgan.errors import BackendError
 from fastgan.ops._library import register
 from fastgan.ops.conv_bn_act_eager import Geometry
@@ -131,7 +131,7 @@ def _forward(input, weight, stride, padding, dilation, output_padding, transpose
     geometry = Geometry(tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
     size = _size(input, weight, stride, padding, dilation, output_padding, transposed)
     args = (input, None, None, 1.0, weight, None, geometry, transposed, size, False, None, None, 1.0)
-    return run("cuda", "convolve", *args, forced=True)[0]
+    return runner_of("cuda", input, forced=True)("convolve", *args)[0]
 
 
 def _size(input, weight, stride, padding, dilation, output_padding, transposed) -> tuple[int, ...]:

@@ -1,0 +1,215 @@
+"""Write the tables and the picture of README.md and docs/speed.md: `python benchmarks/readme_table.py`.
+
+benchmarks/results holds what `python -m fastgan.bench --json` (step-*.json), `pytest benchmarks/ --rows`
+(layers-*.json, operations-*.json) and `python benchmarks/default_run.py --json` (default-run.json) wrote. A page holds
+a table between `<!-- NAME -->` and `<!-- end -->`.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from fastgan.bench import plot, results
+from fastgan.bench.cases import CASES
+from fastgan.bench.machine import best_of
+from fastgan.bench.pairing import Interval
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = RESULTS / "speed.png"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+
+
+def step_data() -> list[dict]:
+    """The documents of the measured steps."""
+    return [results.read(path) for path in sorted(RESULTS.glob("step-*.json"))]
+
+
+def step_rows() -> list[results.Row]:
+    """Every measured step, in the order of the cases."""
+    order = [case.name for case in CASES]
+    return sorted((row for data in step_data() for row in data["rows"]), key=lambda row: order.index(row["case"]))
+
+
+def pairs(name: str) -> list[dict]:
+    return [row for path in sorted(RESULTS.glob(f"{name}-*.json")) for row in json.loads(path.read_text())["rows"]]
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "No data committed yet."
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def speed() -> str:
+    """The steps as the README shows them."""
+    heads = ["training step", "stock images/s", "fastgan images/s", "times stock", "times the best other"]
+    return table(
+        heads,
+        [
+            [
+                row["case"],
+                f"{results.images_per_second(row, 'stock'):,.0f}",
+                f"{results.images_per_second(row):,.0f}",
+                f"**{results.times_as_fast(row, 'stock').median:.2f}**",
+                f"{results.times_as_fast(row, results.best_other(row)).median:.2f} ({results.best_other(row)})",
+            ]
+            for row in step_rows()
+        ],
+    )
+
+
+def steps() -> str:
+    """The steps with intervals, and how far from the floor they are."""
+    best = best_of(*(data["peaks"] for data in step_data()))
+    heads = [
+        "training step",
+        "ms",
+        "times stock",
+        "times tuned",
+        "times compiled",
+        "floor, ms",
+        "of the floor",
+        "GFLOP/s",
+    ]
+    return table(
+        heads,
+        [
+            [
+                row["case"],
+                f"{1e3 * results.step_seconds(row):.1f}",
+                *(_times(row, name) for name in ("stock", "tuned", "compiled")),
+                f"{1e3 * sum(results.floor_seconds(row, best).values()):.1f}",
+                f"{100 * results.floor_share(row, best):.0f} %",
+                f"{results.gflops(row):.0f}",
+            ]
+            for row in step_rows()
+        ],
+    )
+
+
+def _times(row: results.Row, name: str) -> str:
+    return str(results.times_as_fast(row, name)) if name in row["seconds"] else "-"
+
+
+def memory() -> str:
+    """Peak memory of a training process, and bytes kept for backward."""
+    mib = 2**20
+    found = []
+    for row in step_rows():
+        if "peak_bytes" not in row:
+            continue
+        peak, kept = row["peak_bytes"], row["kept_bytes"]
+        line = [row["case"], *(f"{peak[name] / mib:.0f}" for name in ("stock", "tuned", "fastgan"))]
+        for network in ("generator", "discriminator"):
+            line.append(
+                f"{kept['fastgan'][network] / mib:.1f} ({kept['fastgan'][network] / kept['tuned'][network]:.2f})"
+            )
+        found.append(line)
+    heads = [
+        "training step",
+        "peak MiB, stock",
+        "tuned",
+        "fastgan",
+        "kept MiB, generator (of eager's)",
+        "discriminator",
+    ]
+    return table(heads, found)
+
+
+def layers() -> str:
+    """Each layer and pass on the CPU kernels beside the library, channels-last."""
+    found = [row for row in pairs("layers") if row["provider"] == "cpu"]
+    heads = ["pass", "layer", "ms", "GFLOP/s", "share of peak", "times the library"]
+    return table(
+        heads,
+        [
+            [
+                row["group"],
+                row["name"],
+                f"{1e3 * row['seconds']:.2f}",
+                f"{row['GFLOP/s']:.0f}",
+                f"{100 * row['share of peak']:.0f} %",
+                str(Interval(*row["times_reference"])),
+            ]
+            for row in found
+        ],
+    )
+
+
+def operations() -> str:
+    """Each operation and competitor beside its reference."""
+    return table(
+        ["operation", "case", "backend", "ms", "times the reference", "share of copy bandwidth"],
+        [
+            [
+                row["group"],
+                row["name"],
+                row["provider"],
+                f"{1e3 * row['seconds']:.3f}",
+                str(Interval(*row["times_reference"])),
+                f"{100 * row['share of copy']:.0f} %" if "share of copy" in row else "-",
+            ]
+            for row in pairs("operations")
+        ],
+    )
+
+
+def default_run() -> str:
+    """`python -m fastgan.train` by backend."""
+    data = json.loads((RESULTS / "default-run.json").read_text())
+    rates = {row["backend"]: row["images_per_second"] for row in data["rows"]}
+    eager = statistics.median(rates["eager"])
+    return table(
+        ["default run", "images/s", "times eager"],
+        [
+            [f"`--backend {name}`", f"{statistics.median(rate):,.0f}", f"{statistics.median(rate) / eager:.2f}"]
+            for name, rate in rates.items()
+        ],
+    )
+
+
+def measured_on() -> str:
+    """Machine, versions and commits of the steps."""
+    found = step_data()
+    env, best = found[0]["environment"], best_of(*(data["peaks"] for data in found))
+    peaks = ", ".join(f"{rate:.0f} {name}" for name, rate in best.items())
+    commits = ", ".join(sorted({data["environment"]["commit"] for data in found}))
+    return (
+        f"Measured on {env['machine']} ({env['capability']}; measured peaks: {peaks}) with PyTorch "
+        f"{env['versions']['torch']}, commits {commits}."
+    )
+
+
+def commands() -> str:
+    """What wrote the data."""
+    every = [json.loads(path.read_text())["environment"] for path in sorted(RESULTS.glob("*.json"))]
+    return "\n".join(f"- `{env['command']}` at {env['commit']}" for env in every)
+
+
+TABLES = {
+    f.__name__.replace("_", "-"): f
+    for f in (speed, steps, memory, layers, operations, default_run, measured_on, commands)
+}
+
+
+def written(text: str) -> str:
+    """A page with every table in its place."""
+
+    def fill(match: re.Match) -> str:
+        return f"<!-- {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}) -->.*?<!-- end -->", fill, text, flags=re.S)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
+    plot.draw(step_rows(), step_data()[0]["environment"]["machine"], PICTURE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
