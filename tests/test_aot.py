@@ -37,6 +37,14 @@ def test_the_layouts_that_allow_it_are_read_and_written_16_bytes_at_a_time(found
                 assert facts["stores of 16 bytes"] > 0, name
 
 
+def test_convolutions_multiply_on_tensor_cores_and_load_asynchronously(found):
+    for name, facts in found.items():
+        if "conv_" in name and "second stage" not in name:
+            assert (facts["matrix instructions"] > 0) == ("fp32" not in name), name
+            # With few channels the positions of the kernel share one axis: what an address is, differs lane by lane.
+            assert facts["asynchronous copies"] > 0 or "of 3 channels" in name, name
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
