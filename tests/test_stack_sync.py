@@ -73,7 +73,7 @@ def part(dtype, backend: str, penalty: bool) -> list[Tensor]:
     return results
 
 
-# Second gradients of a whole network cancel so far that fp32 says little about them: fp64 does, through the kernels too.
+# Second gradients of a whole network cancel so far that fp32 says little: fp64 does, through the kernels too.
 @pytest.mark.parametrize(
     ("dtype", "penalty"), [(torch.float32, False), (torch.float64, False), (torch.float64, True)], ids=str
 )
