@@ -186,6 +186,28 @@ def test_a_wrong_kernel_that_was_asked_for_by_name_is_an_error(verified, monkeyp
         step(backend="triton")
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_the_update_of_running_statistics_is_compared_on_copies(verified, monkeypatch, right):
+    """It works in place: comparing it must not move the statistics, and a wrong one must not have moved them."""
+    kernel = kernels.update_running_stats
+
+    def wrong(running_mean, running_var, mean, var, count, momentum):
+        kernel(running_mean, running_var, mean, 1.001 * var, count, momentum)
+
+    monkeypatch.setattr(kernels, "update_running_stats", kernel if right else wrong)
+    mean, var = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+    if right:
+        bn_act(X, mean, var, training=True, momentum=0.5, backend="triton")
+        torch.testing.assert_close(mean, 0.5 * X.mean((0, 2, 3)))
+    else:
+        with (
+            pytest.warns(RuntimeWarning),
+            pytest.raises(BackendError, match=r"update_running_stats .* is disabled here"),
+        ):
+            bn_act(X, mean, var, training=True, backend="triton")
+        assert not mean.any()
+
+
 def test_each_dtype_and_layout_is_compared(verified):
     for x in (X, X.half(), X.to(memory_format=torch.channels_last)):
         bn_act(x, None, None, training=True, backend="triton")
