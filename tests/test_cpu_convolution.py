@@ -87,7 +87,9 @@ def test_both_schemes_compute_the_definition_in_fp64(shape, scheme):
     torch.testing.assert_close(got, dweight, **close)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 64, 8, 8, False), (2, 17, 40, 5, 6, True), (2, 64, 128, 8, 8, False)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 64, 8, 8, False), (2, 17, 40, 5, 6, True), (2, 64, 128, 8, 8, False)], ids=str
+)
 def test_weight_layouts_give_the_same_bits(shape):
     large, small, weight = sides(*shape)
     nothing = (None, None, 1.0)

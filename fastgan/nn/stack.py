@@ -41,11 +41,15 @@ def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
 def _run_as_one_unit(blocks: list[Block], input: Tensor) -> Tensor:
     from fastgan.nn.stack_cpu import run_blocks
 
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.float32 if autocast else input.dtype
+    if any(block.conv.weight.dtype != dtype for block in blocks):
+        return _run_by_operations(blocks, input)
     for block in blocks:
         backends.enter_layer(block.name)
         operation = "conv_bn_act" if isinstance(block.conv, nn.Conv2d) else "conv_transpose_bn_act"
         backends.note(operation, input, backends.Decision("cpu", f"one unit from layer {blocks[0].name} on"))
-    if not torch.is_autocast_enabled("cpu"):
+    if not autocast:
         return run_blocks(blocks, input)
     with torch.autocast("cpu", enabled=False):
         return run_blocks(blocks, input.float()).to(torch.get_autocast_dtype("cpu"))

@@ -303,7 +303,11 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
     if not mask[2] and _is_product(step, input, weight):
         rows, flat, matrix = _matrix(input), _matrix(dy), _matrix(weight)
         left, right = (rows, flat) if step.transposed else (flat, rows)
-        dx = _images(flat @ (matrix.t() if step.transposed else matrix), weight, not step.transposed) if mask[0] else None
+        dx = (
+            _images(flat @ (matrix.t() if step.transposed else matrix), weight, not step.transposed)
+            if mask[0]
+            else None
+        )
         dw = _images(left.t() @ right, weight, True) if mask[1] else None
         return [None if dx is None else _channels_last(dx), dw, None]
     bias_size = [dy.shape[1]] if mask[2] else None
