@@ -116,8 +116,10 @@ def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool, bat
         run = partial(
             run_blocks, kernels, stretch, recompute_first=recompute_first and stretch[0] is blocks[0], batches=batches
         )
-        if not known:
+        if not known and batches == 1:
             input = _run_by_operations(stretch, input)
+        elif not known:
+            input = torch.cat([_run_by_operations(stretch, batch) for batch in _cut(input, batches)])
         elif kernels.BACKEND == "cpu" and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 result = run(input.float())

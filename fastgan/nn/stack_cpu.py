@@ -33,7 +33,8 @@ def why_not() -> str | None:
 
 def why_not_block(block: Block, input: Tensor) -> str | None:
     """Why a block cannot be in a unit; None: it can, by the library's convolution if need be."""
-    return None
+    weight, dtype = block.conv.weight, torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
+    return None if weight.dtype == dtype else f"the weight is {weight.dtype}, the kernels compute in {dtype}"
 
 
 # --- one block ----------------------------------------------------------------------------------------------------
