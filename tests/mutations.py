@@ -94,7 +94,7 @@ NOT_GUARDS: dict[tuple[str, str], str] = {
     ("tensor_core.cuh", '"r"(valid ? 16 : 0)'): "PTX, which the host does not run; its callers' conditions are mutated",
 }
 
-NOT_NOTICED = "not noticed"
+NOT_NOTICED, NOT_RUN = "not noticed", "not run"
 # Mutants that no test can notice, and why.
 EQUIVALENT: dict[str, str] = {
     "conv_bn_act.cu: [wait_copies<0>(); -> ;]": (
@@ -291,11 +291,12 @@ def load_score() -> dict[str, str]:
 
 def main() -> None:
     score, todo = load_score(), mutants()
-    score = {m.key: score[m.key] for m in todo if m.key in score}
+    score = {m.key: score.get(m.key, NOT_RUN) for m in todo}
+    SCORE.write_text(json.dumps(score, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop(Path(folder))
         for mutant in todo:
-            if mutant.key in score:
+            if score[mutant.key] not in (NOT_RUN, NOT_NOTICED) or mutant.key in EQUIVALENT:
                 continue
             start = time.monotonic()
             score[mutant.key] = workshop.noticed(mutant) or NOT_NOTICED

@@ -26,6 +26,12 @@ def test_every_mutant_was_noticed_or_is_listed_as_equivalent():
     assert {by.partition("::")[0] for by in score.values() if "::" in by} <= known
 
 
+@pytest.mark.slow
+def test_no_mutant_is_left_to_run():
+    left = [key for key, by in mutations.load_score().items() if by == mutations.NOT_RUN]
+    assert not left, "run `python tests/mutations.py`"
+
+
 def test_nothing_listed_is_gone():
     """An entry of the tables that no line of the sources needs would hide a guard to come."""
     lines = [(file, code) for file in mutations.TESTS for _, code in mutations.code_lines(file)]
