@@ -47,16 +47,18 @@ ROWS = {
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("row", ROWS)
-def test_semantics(row, backend, training):
+def test_semantics(row, backend, training, layout, dtype):
     torch.manual_seed(0)
-    ours, theirs = (nn.BatchNorm2d(3, dtype=torch.float64, device=DEVICE, **ROWS[row]) for _ in range(2))
+    ours, theirs = (nn.BatchNorm2d(3, dtype=dtype, device=DEVICE, **ROWS[row]) for _ in range(2))
     for norm in (ours, theirs):
         if norm.affine:
             nn.init.constant_(norm.weight, 1.7)
             nn.init.constant_(norm.bias, -0.4)
     for mode in (True, True, training):  # two training batches first, so that eval has statistics to use
-        x = torch.randn(4, 3, 5, 5, dtype=torch.float64, device=DEVICE) * 2 + 1
+        x = (torch.randn(4, 3, 5, 5, dtype=dtype, device=DEVICE) * 2 + 1).contiguous(memory_format=layout)
         mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
         z = by_module(ours.train(mode), mine, backend)
         expected = F.leaky_relu(theirs.train(mode)(other), 0.2)
@@ -350,4 +352,4 @@ def test_a_planted_bug_is_caught(monkeypatch, bug):
         planted = lambda backend, name: bug if name == "update_running_stats" else kernel(backend, name)  # noqa: E731
         monkeypatch.setattr(backends, "kernel", planted)
     with pytest.raises(AssertionError):
-        test_semantics("eps=0.3", "triton", True)
+        test_semantics("eps=0.3", "triton", True, torch.contiguous_format, torch.float64)

@@ -30,11 +30,12 @@ def tensors(name, dtype=torch.float64, c=2, k=4):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_equal_to_the_modules(name, batch_norm, backend):
+def test_equal_to_the_modules(name, batch_norm, backend, dtype):
     operation, convolution = OPERATIONS[name]
-    x, weight, bias, gamma, beta = tensors(name)
-    states = [torch.zeros(4, dtype=torch.float64, device=DEVICE), torch.ones(4, dtype=torch.float64, device=DEVICE)]
+    x, weight, bias, gamma, beta = tensors(name, dtype)
+    states = [torch.zeros(4, dtype=dtype, device=DEVICE), torch.ones(4, dtype=dtype, device=DEVICE)]
     own = [s.clone() for s in states]
     norm = (*states, gamma, beta) if batch_norm else (None,) * 4
     how = {"stride": 2, "padding": 1, **({"output_padding": 1} if "transpose" in name else {})}

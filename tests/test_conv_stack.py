@@ -68,10 +68,11 @@ def outcome(network: nn.Module, input: Tensor, backend: str, penalty: bool = Fal
 
 @pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["down", "up", "mixed"])
-def test_stack_is_the_sequence_in_fp64(name, training, penalty):
-    plain = small_networks()[name].double().train(training)
-    input = network_input(name)
+def test_stack_is_the_sequence_in_fp64(name, training, penalty, dtype):
+    plain = small_networks()[name].to(dtype).train(training)
+    input = network_input(name, dtype)
     reset_counts()
     got = outcome(ConvStack(*plain), input, "cpu", penalty)
     assert counts()["cpu", "convolve"] > 0
@@ -79,11 +80,12 @@ def test_stack_is_the_sequence_in_fp64(name, training, penalty):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_dcgan_is_as_right_as_eager_in_fp32(network):
+def test_dcgan_is_as_right_as_eager_in_fp32(network, dtype):
     torch.manual_seed(3)
-    made = Generator(32, 3, 20, 16) if network == "generator" else Discriminator(32, 3, 32)
-    input = torch.randn((8, 20) if network == "generator" else (8, 3, 32, 32))
+    made = (Generator(32, 3, 20, 16) if network == "generator" else Discriminator(32, 3, 32)).to(dtype)
+    input = torch.randn((8, 20) if network == "generator" else (8, 3, 32, 32), dtype=dtype)
     truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
     own, got = outcome(made, input, "eager"), outcome(made, input, "cpu")
     # A whole network multiplies the errors of its layers: twice the rule's factor, on the output and every gradient.
@@ -235,15 +237,16 @@ def test_where_the_kernels_do_not_apply():
     assert "float64" in why_unfused(image.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_autocast_to_bfloat16_is_as_right_as_eager(network, monkeypatch):
+def test_autocast_to_bfloat16_is_as_right_as_eager(network, dtype, monkeypatch):
     torch.manual_seed(7)
     made = Generator(32, 3, 20, 16) if network == "generator" else Discriminator(32, 3, 32)
     input = torch.randn((8, 20) if network == "generator" else (8, 3, 32, 32))
     truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     reset_counts()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         got = outcome(made, input, "cpu")
         assert counts()["cpu", "convolve"] > 0
         own = outcome(made, input, "eager")

@@ -34,10 +34,10 @@ def channels_last(*shape: int, offset: float = 0.0) -> Tensor:
     return (torch.randn(shape) + offset).contiguous(memory_format=torch.channels_last)
 
 
-def sides(N, C, K, H, W, odd):
+def sides(N, C, K, H, W, odd, dtype=torch.float32):
     torch.manual_seed(N + C + K)
     large, small = channels_last(N, C, 2 * H + odd, 2 * W + odd), channels_last(N, K, H, W)
-    return large, small, torch.randn(K, C, 4, 4) / (4 * C**0.5)
+    return large.to(dtype), small.to(dtype), (torch.randn(K, C, 4, 4) / (4 * C**0.5)).to(dtype)
 
 
 def convolve(operand, weight, to_large, size, scheme=AUTOMATIC, statistics=False, output=(None, None, 1.0)):
@@ -59,9 +59,10 @@ def gradients(large: Tensor, small: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     )[:2]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_all_directions_are_as_right_as_the_library(shape):
-    large, small, weight = sides(*shape)
+def test_all_directions_are_as_right_as_the_library(shape, dtype):
+    large, small, weight = sides(*shape, dtype)
     truth = to_small(large.double(), weight.double())
     got, _ = convolve([large], weight, False, small.shape[2:])
     assert_as_right_as_torch(got, to_small(large, weight), truth, "to small")
@@ -74,9 +75,10 @@ def test_all_directions_are_as_right_as_the_library(shape):
 
 
 @pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_schemes_compute_the_definition_in_fp64(shape, scheme):
-    large, small, weight = (t.double() for t in sides(*shape))
+def test_both_schemes_compute_the_definition_in_fp64(shape, scheme, dtype):
+    large, small, weight = sides(*shape, dtype)
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(
         convolve([large], weight, False, small.shape[2:], scheme)[0], to_small(large, weight), **close

@@ -25,9 +25,10 @@ def logits(n, scale=3.0, seed=0, dtype=torch.float64):
     return (scale * torch.randn(n, generator=generator, dtype=torch.float64)).to(DEVICE, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_textbook(backend):
-    real, fake = logits(7, seed=1), logits(5, seed=2)
+def test_textbook(backend, dtype):
+    real, fake = logits(7, seed=1, dtype=dtype), logits(5, seed=2, dtype=dtype)
     p, q = real.sigmoid(), fake.sigmoid()
     loss_real, loss_fake, d_real, d_fake = gan_bce(real, fake, backend=backend)
     torch.testing.assert_close(loss_real, -p.log().mean())

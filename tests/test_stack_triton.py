@@ -24,10 +24,11 @@ pytestmark = MARKS
 
 @pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["down", "up", "mixed"])
-def test_stack_is_the_sequence_in_fp64(name, training, penalty):
-    plain = small_networks()[name].double().train(training).to(DEVICE)
-    input = network_input(name).to(DEVICE)
+def test_stack_is_the_sequence_in_fp64(name, training, penalty, dtype):
+    plain = small_networks()[name].train(training).to(DEVICE, dtype)
+    input = network_input(name, dtype).to(DEVICE)
     reset_counts()
     got = outcome(ConvStack(*plain), input, "triton", penalty)
     assert {backend for backend, _ in counts()} == {"triton"}
