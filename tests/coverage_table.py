@@ -1,11 +1,13 @@
-"""What is proved, and how: the table in `docs/coverage.md`, made from the tests' own parameters.
+"""What is proved, and how: the tables in `docs/coverage.md`, made from the tests' own parameters.
 
 `python tests/coverage_table.py` writes it; `tests/test_coverage_table.py` fails when it is out of date.
 """
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "coverage.md"
@@ -14,6 +16,20 @@ HEAD = """# What is proved, and how
 
 Made by `python tests/coverage_table.py` from the parameters of the tests; do not edit. No layer here is a graphics
 card: `pytest -m gpu` runs the same tests of the Triton kernels on one, and nobody has reported such a run yet.
+
+## Every backend against the definition
+
+The tests that compare an operation with its definition, or the definition (`eager`) with PyTorch's own modules, losses
+and optimisers. `cpu` runs its C++ kernels, `triton` its kernels in Triton's interpreter, `cuda` the kernels of
+`csrc/cuda` thread by thread on the host (`csrc/simt`). fp32, fp16 and bf16 are held to the tolerance rule of
+`fastgan/tolerance.py` against fp64 (adam_ema's definition to torch's bits), fp64 to a few thousand ulps or closer than
+1e-9. Kernels that a test takes one by one are listed behind it; a listed test may cover both convolutions.
+
+| operation | backend | dtype | layout | tests |
+|---|---|---|---|---|
+"""
+LAYERS = """
+## Triton, kernel by kernel
 
 * **interpreter**: the kernel's numbers, in Triton's interpreter as mended by `tests/interpreter.py`, within the
   tolerance rule of the fp64 definition.
@@ -94,8 +110,115 @@ def convolution_rows(compiled: set[str], row) -> list[str]:
     return lines
 
 
+class Check(NamedTuple):
+    """A test that compares a backend with the definition."""
+
+    operations: tuple[str, ...]
+    backend: str
+    test: Callable
+    layout: str = ""  # of the test's tensors where that is none of its parameters
+
+
+def checks() -> list[Check]:
+    import test_adam_ema
+    import test_bn_act
+    import test_bn_act_cpu
+    import test_bn_act_cuda
+    import test_bn_act_triton
+    import test_conv_bn_act
+    import test_conv_bn_act_cuda
+    import test_conv_bn_act_cuda_operation
+    import test_conv_bn_act_triton
+    import test_conv_stack
+    import test_cpu_convolution
+    import test_gan_bce
+    import test_gan_bce_cuda
+    import test_stack_triton
+
+    norm, both, loss, update = ("bn_act",), ("conv_bn_act", "conv_transpose_bn_act"), ("gan_bce",), ("adam_ema",)
+    return [
+        Check(norm, "eager", test_bn_act.test_semantics),
+        Check(norm, "cpu", test_bn_act_cpu.test_kernel),
+        Check(norm, "triton", test_bn_act.test_semantics),
+        Check(norm, "triton", test_bn_act_triton.test_kernel),
+        Check(norm, "cuda", test_bn_act_cuda.test_statistics),
+        Check(norm, "cuda", test_bn_act_cuda.test_forward),
+        Check(norm, "cuda", test_bn_act_cuda.test_backward),
+        Check(both, "eager", test_conv_bn_act.test_equal_to_the_modules, "contiguous"),
+        Check(both, "cpu", test_cpu_convolution.test_all_directions_are_as_right_as_the_library, "channels-last"),
+        Check(both, "cpu", test_cpu_convolution.test_both_schemes_compute_the_definition_in_fp64, "channels-last"),
+        Check(both, "cpu", test_conv_stack.test_stack_is_the_sequence_in_fp64, "contiguous"),
+        Check(both, "cpu", test_conv_stack.test_dcgan_is_as_right_as_eager_in_fp32, "contiguous"),
+        Check(both, "cpu", test_conv_stack.test_autocast_to_bfloat16_is_as_right_as_eager, "contiguous"),
+        Check(both, "triton", test_conv_bn_act.test_equal_to_the_modules, "contiguous"),
+        Check(both, "triton", test_conv_bn_act_triton.test_kernels_are_as_right_as_pytorch, "channels-last"),
+        Check(both, "triton", test_stack_triton.test_stack_is_the_sequence_in_fp64, "contiguous"),
+        Check(both, "triton", test_stack_triton.test_dcgan_is_as_right_as_eager, "contiguous"),
+        Check(both, "cuda", test_conv_bn_act_cuda.test_convolution_and_statistics, "channels-last"),
+        Check(both, "cuda", test_conv_bn_act_cuda_operation.test_convolution_and_its_gradients_are_the_librarys),
+        Check(loss, "eager", test_gan_bce.test_textbook, "any"),
+        Check(loss, "cpu", test_bn_act_cpu.test_gan_bce, "any"),
+        Check(loss, "triton", test_gan_bce.test_textbook, "any"),
+        Check(loss, "triton", test_gan_bce.test_kernel_is_as_right_as_pytorch, "any"),
+        Check(loss, "cuda", test_gan_bce_cuda.test_both_halves_and_gradients, "any"),
+        Check(update, "eager", test_adam_ema.test_definition_is_the_papers, "any"),
+        Check(update, "eager", test_adam_ema.test_definition_is_torchs_optimiser_then_lerp, "any"),
+        Check(update, "cpu", test_adam_ema.test_cpu_kernel_against_the_definition, "any"),
+        Check(update, "cuda", test_adam_ema.test_cuda_kernel_against_the_definition, "any"),
+    ]
+
+
+def cases(test: Callable) -> list[dict]:
+    """The parameters of every run of a test, fields of a `convolution_cases.Case` among them."""
+    axes = []
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            names = (mark.args[0],) if isinstance(mark.args[0], str) else mark.args[0]
+            axes.append([dict(zip(names, v if len(names) > 1 else (v,), strict=True)) for v in mark.args[1]])
+    runs = [dict(pair for part in parts for pair in part.items()) for parts in itertools.product(*axes)]
+    return [run | getattr(run.get("case"), "_asdict", dict)() for run in runs]
+
+
+def covered() -> dict[tuple[str, str, str, str], dict[str, list[str]]]:
+    """Operation, backend, dtype and layout -> the tests that run it, each with the kernels that it takes one by one."""
+    from test_bn_act_cpu import KNOWN_TO_MISS
+
+    found: dict = {}
+    for check, operation in ((check, operation) for check in checks() for operation in check.operations):
+        where = f"{check.test.__module__}::{check.test.__name__}"
+        for case in cases(check.test):
+            if case.get("backend", check.backend) != check.backend or not _runs(case, operation):
+                continue
+            dtype = SHORT[str(case["dtype"]).removeprefix("torch.")]
+            layout = str(case.get("layout", check.layout)).removeprefix("torch.").removesuffix("_format")
+            kernels = found.setdefault((operation, check.backend, dtype, layout.replace("_", "-")), {})
+            kernels = kernels.setdefault(where, [])
+            if operation == "bn_act" and "name" in case:
+                missed = check.backend == "cpu" and (case["name"], case["dtype"]) in KNOWN_TO_MISS
+                kernel = case["name"] + " (**known to miss on some shapes**)" * missed
+                kernels += [kernel] * (kernel not in kernels)
+    return found
+
+
+def _runs(case: dict, operation: str) -> bool:
+    """Whether a run of a test concerns this one of its operations, as far as its parameters say."""
+    if "to_large" in case:
+        return case["to_large"] == (operation == "conv_transpose_bn_act")
+    if "network" in case:  # the generator goes up, the discriminator down
+        return (case["network"] == "generator") == (operation == "conv_transpose_bn_act")
+    return case.get("name") not in ("conv_bn_act", "conv_transpose_bn_act") or case["name"] == operation
+
+
+def checked_rows() -> list[str]:
+    lines = []
+    for key, tests in covered().items():
+        named = [f"`{where}`" + f": {', '.join(kernels)}" * bool(kernels) for where, kernels in tests.items()]
+        lines.append(f"| {' | '.join(key)} | {'; '.join(named)} |")
+    return lines
+
+
 def page() -> str:
-    return HEAD + "\n".join(rows()) + "\n"
+    return HEAD + "\n".join(checked_rows()) + "\n" + LAYERS + "\n".join(rows()) + "\n"
 
 
 if __name__ == "__main__":
