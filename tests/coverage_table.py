@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from fastgan.backends import BACKENDS
+
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "coverage.md"
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
@@ -22,8 +24,9 @@ card: `pytest -m gpu` runs the same tests of the Triton kernels on one, and nobo
 The tests that compare an operation with its definition, or the definition (`eager`) with PyTorch's own modules, losses
 and optimisers. `cpu` runs its C++ kernels, `triton` its kernels in Triton's interpreter, `cuda` the kernels of
 `csrc/cuda` thread by thread on the host (`csrc/simt`). fp32, fp16 and bf16 are held to the tolerance rule of
-`fastgan/tolerance.py` against fp64 (adam_ema's definition to torch's bits), fp64 to a few thousand ulps or closer than
-1e-9. Kernels that a test takes one by one are listed behind it; a listed test may cover both convolutions.
+`fastgan/tolerance.py` against fp64 (whole networks to a multiple of it that their test states, adam_ema's definition in
+fp32 to torch's bits), fp64 to the tolerance in the test. Kernels that a test takes one by one are listed behind it. The
+fused convolutions run inside `ConvStack`; a layout is that of the input, which a kernel may convert.
 
 | operation | backend | dtype | layout | tests |
 |---|---|---|---|---|
@@ -169,44 +172,54 @@ def checks() -> list[Check]:
 
 
 def cases(test: Callable) -> list[dict]:
-    """The parameters of every run of a test, fields of a `convolution_cases.Case` among them."""
+    """The parameters of every run of a test."""
     axes = []
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize":
             names = (mark.args[0],) if isinstance(mark.args[0], str) else mark.args[0]
             axes.append([dict(zip(names, v if len(names) > 1 else (v,), strict=True)) for v in mark.args[1]])
-    runs = [dict(pair for part in parts for pair in part.items()) for parts in itertools.product(*axes)]
-    return [run | getattr(run.get("case"), "_asdict", dict)() for run in runs]
+    return [dict(pair for part in parts for pair in part.items()) for parts in itertools.product(*axes)]
+
+
+def transposed(case: dict) -> bool | None:
+    """Whether a run of a test is of transposed convolutions; None: of both kinds."""
+    import test_conv_bn_act_cuda_operation
+
+    what = case.get("network") or case.get("name") or case.get("case")
+    if isinstance(what, tuple):  # of the tests of one convolution, the first field says so
+        return bool(what[0])
+    if what in test_conv_bn_act_cuda_operation.CASES:
+        return test_conv_bn_act_cuda_operation.CASES[what][0].__name__ == "conv_transpose_bn_act"
+    ups, downs = ("generator", "up", "conv_transpose_bn_act"), ("discriminator", "down", "conv_bn_act")
+    return True if what in ups else False if what in downs else None
 
 
 def covered() -> dict[tuple[str, str, str, str], dict[str, list[str]]]:
     """Operation, backend, dtype and layout -> the tests that run it, each with the kernels that it takes one by one."""
-    from test_bn_act_cpu import KNOWN_TO_MISS
-
     found: dict = {}
-    for check, operation in ((check, operation) for check in checks() for operation in check.operations):
-        where = f"{check.test.__module__}::{check.test.__name__}"
-        for case in cases(check.test):
-            if case.get("backend", check.backend) != check.backend or not _runs(case, operation):
+    for check in checks():
+        where = f"{check.test.__module__}.py::{check.test.__name__}"
+        for case, operation in itertools.product(cases(check.test), check.operations):
+            if case.get("backend", check.backend) != check.backend:
                 continue
-            dtype = SHORT[str(case["dtype"]).removeprefix("torch.")]
+            if "conv" in operation and transposed(case) not in (None, "transpose" in operation):
+                continue
+            dtype = SHORT[str(case["dtype"] if "dtype" in case else case["case"].dtype).removeprefix("torch.")]
             layout = str(case.get("layout", check.layout)).removeprefix("torch.").removesuffix("_format")
-            kernels = found.setdefault((operation, check.backend, dtype, layout.replace("_", "-")), {})
-            kernels = kernels.setdefault(where, [])
-            if operation == "bn_act" and "name" in case:
-                missed = check.backend == "cpu" and (case["name"], case["dtype"]) in KNOWN_TO_MISS
-                kernel = case["name"] + " (**known to miss on some shapes**)" * missed
-                kernels += [kernel] * (kernel not in kernels)
-    return found
-
-
-def _runs(case: dict, operation: str) -> bool:
-    """Whether a run of a test concerns this one of its operations, as far as its parameters say."""
-    if "to_large" in case:
-        return case["to_large"] == (operation == "conv_transpose_bn_act")
-    if "network" in case:  # the generator goes up, the discriminator down
-        return (case["network"] == "generator") == (operation == "conv_transpose_bn_act")
-    return case.get("name") not in ("conv_bn_act", "conv_transpose_bn_act") or case["name"] == operation
+            tests = found.setdefault((operation, check.backend, dtype, layout.replace("_", "-")), {})
+            kernels = tests.setdefault(where, [])
+            if operation == "bn_act" and "name" in case and case["name"] not in kernels:
+                kernels.append(case["name"])
+    order = ("bn_act", "conv_bn_act", "conv_transpose_bn_act", "gan_bce", "adam_ema"), BACKENDS, list(SHORT.values())
+    return dict(
+        sorted(
+            found.items(),
+            key=lambda one: [
+                *(values.index(value) for values, value in zip(order, one[0][:3], strict=True)),
+                one[0][3],
+            ],
+        )
+    )
 
 
 def checked_rows() -> list[str]:

@@ -43,6 +43,25 @@ void narrow(const float* in, bfloat16* out, int64_t n) {
   }
 }
 
+// A sum that keeps what rounding takes from it (Knuth's two-sum): PyTorch adds a channel's values in double, and a plain
+// sum of fp32 is some times as wrong.
+template <class T>
+struct Sum {
+  Vec<T> value{}, lost{};
+
+  FASTGAN_INLINE void add(Vec<T> x) {
+    Vec<T> sum = value + x, part = sum - value;
+    lost += (value - (sum - part)) + (x - part);
+    value = sum;
+  }
+  FASTGAN_INLINE void add_product(Vec<T> a, Vec<T> b) {
+    Vec<T> product = a * b;
+    lost += fma(a, b, -product);
+    add(product);
+  }
+  FASTGAN_INLINE Vec<T> total() const { return value + lost; }
+};
+
 enum BackwardRow { row_backward_a = activation_rows, row_backward_b, row_backward_c };
 
 // A block of `rows` x `width` values. Channels-last: width = C, a column is a channel. Contiguous: one row, one channel.
@@ -93,34 +112,36 @@ struct Block {
     if constexpr (channels_last) {
       for (int64_t i = 0; i < width; i += lanes<T>) {
         int64_t n = std::min<int64_t>(lanes<T>, width - i);
-        Vec<T> first{}, second{};
+        Sum<T> first, second;
         for (int64_t r = 0; r < rows; r++) f(r * width + i, i, n, first, second);
-        store(out + i, first, n), store(out + C + i, second, n);
+        store(out + i, first.total(), n), store(out + C + i, second.total(), n);
       }
     } else {
-      Vec<T> first{}, second{};
+      Sum<T> first, second;
       for (int64_t i = 0; i < width; i += lanes<T>) f(i, i, std::min<int64_t>(lanes<T>, width - i), first, second);
-      T a = 0, b = 0;
-      for (int l = 0; l < lanes<T>; l++) a += first[l], b += second[l];
-      out[channel] = a, out[C + channel] = b;
+      double a = 0, b = 0;
+      for (int l = 0; l < lanes<T>; l++) {
+        a += static_cast<double>(first.value[l]) + first.lost[l], b += static_cast<double>(second.value[l]) + second.lost[l];
+      }
+      out[channel] = static_cast<T>(a), out[C + channel] = static_cast<T>(b);
     }
   }
 
   void statistics(const T* y, T* out) const {
     T count = static_cast<T>(channels_last ? rows : width);
     // A first pass for the mean, nearly: sums of differences from it lose no digits, whatever it is.
-    sum(out, [&](int64_t at, int64_t, int64_t n, Vec<T>& first, Vec<T>&) __attribute__((always_inline)) {
-      first += load(y + at, n);
+    sum(out, [&](int64_t at, int64_t, int64_t n, Sum<T>& first, Sum<T>&) __attribute__((always_inline)) {
+      first.value += load(y + at, n);
     });
     int64_t begin = channels_last ? 0 : channel, end = channels_last ? width : channel + 1;
     T* means = scratch<T>(Scratch::sums, C);
     for (int64_t c = begin; c < end; c++) means[c] = out[c] / count;
-    sum(out, [&](int64_t at, int64_t i, int64_t n, Vec<T>& first, Vec<T>& second) __attribute__((always_inline)) {
+    sum(out, [&](int64_t at, int64_t i, int64_t n, Sum<T>& first, Sum<T>& second) __attribute__((always_inline)) {
       Vec<T> d = load(y + at, n) - (channels_last ? load(means + i, n) : splat(means[channel]));
       if (!channels_last) {
         for (int64_t l = n; l < lanes<T>; l++) d[l] = 0;
       }
-      first += d, second = fma(d, d, second);
+      first.add(d), second.add_product(d, d);
     });
     for (int64_t c = begin; c < end; c++) {
       T offset = out[c] / count;
@@ -131,9 +152,9 @@ struct Block {
 
   void reduce(const T* dz, const T* y, T* out, T slope) const {
     Vec<T> slopes = splat(slope);
-    sum(out, [&](int64_t at, int64_t i, int64_t n, Vec<T>& first, Vec<T>& second) __attribute__((always_inline)) {
+    sum(out, [&](int64_t at, int64_t i, int64_t n, Sum<T>& first, Sum<T>& second) __attribute__((always_inline)) {
       Vec<T> raw = load(y + at, n), g = gradient(load(dz + at, n), raw, i, n, slopes);
-      first += g, second = fma(g, raw - constant(row_mean, i, n), second);
+      first.add(g), second.add_product(g, raw - constant(row_mean, i, n));
     });
   }
 };
