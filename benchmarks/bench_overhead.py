@@ -115,10 +115,10 @@ def pairs() -> dict[str, tuple[Callable, Callable]]:
 
 
 @pytest.mark.benchmark(group="overhead")
-@pytest.mark.parametrize("provider", ["fastgan", "by hand"])
+@pytest.mark.parametrize("written", ["fastgan", "by hand"])
 @pytest.mark.parametrize("operation", pairs())
-def test_overhead(benchmark, operation, provider):
-    benchmark(pairs()[operation][provider == "by hand"])
+def test_overhead(benchmark, operation, written):
+    benchmark(pairs()[operation][written == "by hand"])
 
 
 def microseconds(call: Callable, times: int = 20) -> float:

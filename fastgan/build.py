@@ -355,6 +355,8 @@ def build(parameters: BuildParameters, folder: Path, output: Path) -> None:
     jobs = os.environ.get("MAX_JOBS")
     command = [*_find_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if "interrupted by user" in run.stdout:
+        raise KeyboardInterrupt  # ninja heard it; this process may ignore SIGINT, as in a shell's background
     if run.returncode:
         log = folder / "build.log"
         log.write_text(run.stdout)

@@ -15,7 +15,6 @@ from fastgan.backends import count
 from fastgan.errors import BackendError
 from fastgan.nn.blocks import Block
 from fastgan.nn.unit import Norm, Operand, Step, channels_last, convolution_arguments, running_statistics
-from fastgan.ops.bn_act_sync import combine, total
 
 BACKEND = "cpu"
 _ROWS = 4  # of a set of constants; a tensor of them holds one set for all images or one for each batch among them
@@ -54,6 +53,8 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
 
 
 def shared(sums: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
+    from fastgan.ops.bn_act_sync import combine  # imports torch._dynamo, a second
+
     mean, m2, total_count = combine(sums[0], sums[1], count, group)
     return torch.stack([mean, m2]), int(total_count)
 
@@ -141,6 +142,8 @@ def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Te
     each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, norm.values) for pair in pairs]
     by, affine = torch.cat([by for by, _ in each]), torch.stack([affine for _, affine in each]).sum(0)
     if norm.group is not None:
+        from fastgan.ops.bn_act_sync import total
+
         everywhere = total(sums, norm.group)
         by, _ = torch.ops.fastgan_cpu.block_gradient_constants(everywhere, constants, norm.values)
     return by, affine

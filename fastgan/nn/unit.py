@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fastgan import backends
 from fastgan.nn.blocks import Block, batch_norm_arguments
-from fastgan.ops.bn_act_sync import definition
 
 _PARAMETERS = 4  # of a block: weight, bias, BatchNorm's weight and bias
 
@@ -284,6 +283,8 @@ def _definition(run: _Run, z: Tensor, parameters) -> Tensor:
                 same = (mean, var, gamma, beta, norm.by_batch, 0.0, norm.eps)
                 z = torch.cat([F.batch_norm(batch, *same) for batch in z.chunk(step.batches)])
             else:
+                from fastgan.ops.bn_act_sync import definition  # imports torch._dynamo, a second
+
                 z = definition(z, gamma, beta, norm.values, norm.eps, 1.0, norm.group)
         if step.slope != 1.0:
             z = F.leaky_relu(z, step.slope) if step.slope else F.relu(z)
