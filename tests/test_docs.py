@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
-OPTIONS_OF_OTHERS = {"--no-build-isolation", "--logdir", "--nproc-per-node", "--benchmark-only"}
+OPTIONS_OF_OTHERS = {"--no-build-isolation", "--logdir", "--nproc-per-node", "--benchmark-only", "--benchmark-columns"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
