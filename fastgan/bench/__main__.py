@@ -13,6 +13,7 @@ import tyro
 from fastgan.bench import plot, results
 from fastgan.bench.machine import best_of, peaks
 from fastgan.bench.pairing import MIN_ROUNDS
+from fastgan.bench.profiling import top_operations
 from fastgan.bench.steps import providers
 from fastgan.command import run_command
 from fastgan.errors import FastganError
@@ -41,6 +42,8 @@ class BenchConfig:
     """measure the peak memory of each competitor too, in processes of their own"""
     options: bool = False
     """measure fastgan's options too: joint batches, and the discriminator's first convolution recomputed"""
+    profile: bool = False
+    """show too which operations of fastgan's step take most of its time"""
     json: Path | None = None
     """write the data, with machine, versions and commit, here"""
     plot: Path | None = None
@@ -83,6 +86,8 @@ def bench(config: BenchConfig) -> list[str]:
         row = results.measure(case, device, competitors, config.rounds)
         if config.memory and not config.quick:
             row |= results.measure_memory(case, device, competitors)
+        if config.profile:
+            row["profile"] = top_operations(case, device)
         rows.append(row)
         best = best_of(best, peaks(device))
         print("\n" + "\n".join(lines(row, best)), flush=True)
@@ -115,6 +120,11 @@ def lines(row: results.Row, peaks: dict[str, float]) -> list[str]:
     for network, kept in row.get("kept_bytes", {}).get("fastgan", {}).items():
         eager = row["kept_bytes"]["tuned"][network]
         found.append(f"  {network}: {kept / 2**20:.1f} MiB kept for backward, {kept / eager:.2f} of eager's")
+    for taken in row.get("profile", []):
+        found.append(
+            f"  {taken['name']:<40}{1e3 * taken['seconds']:9.2f} ms in {taken['calls']:.0f} calls"
+            f"{100 * taken['share']:6.1f} %"
+        )
     if (row["others"] or 0.0) > NOISY:
         found.append(f"  others took {100 * row['others']:.0f} % of the processors: measure again on a quiet machine")
     found.append(f"  a run of {row['kimg']:.0f} kimg: {duration(results.run_seconds(row))}")
