@@ -16,6 +16,7 @@ from fastgan.bench.pairing import MIN_ROUNDS
 from fastgan.bench.profiling import top_operations
 from fastgan.bench.steps import providers
 from fastgan.command import run_command
+from fastgan.devices import choose_device
 from fastgan.errors import FastganError
 
 NOISY = 0.1  # share of the processors that others may take
@@ -31,7 +32,7 @@ class BenchConfig:
     quick: bool = False
     """the two smallest cases, without torch.compile and without peak memory: a minute"""
     device: str = "cpu"
-    """cpu, cuda or cuda:N"""
+    """auto, cpu, cuda or cuda:N"""
     rounds: int = 9
     """how often each competitor takes its turn, at least 6"""
     case: str = ""
@@ -60,15 +61,7 @@ def checked_device(config: BenchConfig) -> torch.device:
     for option, path in (("--json", config.json), ("--plot", config.plot)):
         if path is not None and not os.access(path.parent, os.W_OK):
             raise FastganError(f"{option}: {path.parent} is not a folder that can be written to")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise FastganError(f"--device: expected cpu, cuda or cuda:N; got {config.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FastganError(f"--device: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here")
-    return device
+    return choose_device(config.device)
 
 
 def bench(config: BenchConfig) -> list[str]:
