@@ -1,4 +1,4 @@
-"""One wheel, built with the oldest torch that fastgan supports, passes the tests of its library there and on this torch.
+"""One wheel, built with the oldest torch that fastgan supports, passes its library's tests there and on this torch.
 
 FASTGAN_OLD_TORCH is the Python of an environment with that torch and the test requirements, for example
 `python3 -m venv old && old/bin/pip install torch==2.10.0 numpy ninja pybind11 setuptools wheel pytest pytest-timeout

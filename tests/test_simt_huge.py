@@ -95,7 +95,7 @@ def test_bn_act(layout):
 
 @pytest.mark.parametrize("start", [0, 1], ids=["vectors", "element by element"])
 def test_gan_bce(last_turns_only, start):
-    """One block walks over a whole half, so it is its loops that are cut short; the gradients of their last turns count."""
+    """A block walks over a whole half, so its loops are cut short; the gradients of their last turns count."""
     n, seen = (1 << 31) + 5, 50
     halves, grads = [reserve(n + start) for _ in range(2)], [reserve(n, dtype=np.float32) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
