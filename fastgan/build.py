@@ -399,7 +399,8 @@ def _ninja_file(parameters: BuildParameters, output: Path) -> str:
         "rule link",
         f"  command = {words(parameters.link)} $in {words(parameters.libraries)} -o $out",
     ]
-    for unit in parameters.units:
+    # Kernels first: they take the longest, and one that starts last would leave the other cores idle.
+    for unit in sorted(parameters.units, key=lambda u: not u.source.name.endswith((".cu", ".isa.cpp"))):
         lines.append(f"build {path(unit.object)}: compile {path(unit.source)}")
         lines.append(f"  compiler = {words(unit.command)}")
     lines.append(f"build {path(output)}: link {' '.join(path(u.object) for u in parameters.units)}")

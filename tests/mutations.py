@@ -236,7 +236,7 @@ def mutants() -> list[Mutant]:
 
 
 class Workshop:
-    """A copy of the project whose SIMT module is built in place, so that a mutant recompiles what it touches."""
+    """A copy of the project whose libraries are built in place, so that a mutant recompiles what it touches."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -246,8 +246,8 @@ class Workshop:
         (folder / "tests" / "conftest.py").write_text(
             "from pathlib import Path\n"
             "from fastgan import build, library\n"
-            "def in_place(name, reason):\n"
-            "    folder = Path(__file__).parent.parent / 'build'\n"
+            "def in_place(name, reason, retry=False):\n"
+            "    folder = Path(__file__).parent.parent / 'build' / name\n"
             "    output = folder / build.library_filename(name)\n"
             "    build.build(build.get_build_parameters(name), folder, output)\n"
             "    return output\n"

@@ -72,6 +72,21 @@ def test_unknown_instruction_set_is_an_error():
     assert "FASTGAN_CPU must be plain, avx2, avx512 or avx512_bf16, got sse9" in result.stderr
 
 
+CONVOLVE = """
+import torch
+from fastgan import library
+library.load("cpu")
+large, weight = torch.ones(1, 2, 4, 4).contiguous(memory_format=torch.channels_last), torch.ones(2, 2, 4, 4)
+no = (None, None, 1.0)
+torch.ops.fastgan_cpu.convolve(large, *no, weight, False, 2, 2, False, *no, 0)
+"""
+
+
+def test_convolution_without_avx2_is_an_error():
+    result = run_python(CONVOLVE, FASTGAN_CPU="plain")
+    assert "fastgan's convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks" in result.stderr
+
+
 def test_smaller_instruction_sets_are_linked_first():
     """Shared inline functions are taken from the first object, which must suit the smallest processor."""
     objects = [u.object for u in build.get_build_parameters("cpu").units]

@@ -48,6 +48,13 @@ def last_blocks_only():
     simt().set_last_blocks_only(False)
 
 
+@pytest.fixture
+def last_turns_only():
+    simt().set_last_turns_only(True)
+    yield
+    simt().set_last_turns_only(False)
+
+
 def last_channels(array, layout):
     """[ROWS, LAST] of memory as [ROWS, CHANNELS] or [CHANNELS, ROWS]: contiguous, a block has one channel only."""
     return array[:, -LAST:] if layout == "channels_last" else array[-1:].T
@@ -84,6 +91,24 @@ def test_bn_act(layout):
     run_clean(simt().bn_act_backward, code, nchw, last, inputs[1], inputs[0], arrays, 0.2, *totals, ROWS, dy)
     expected = eager.backward(gradient, seen, *own, 0.2, *(s[-few[1] :] for s in sums), ROWS)
     torch.testing.assert_close(floats(last_channels(dy, layout)), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("start", [0, 1], ids=["vectors", "element by element"])
+def test_gan_bce(last_turns_only, start):
+    """A block walks over a whole half, so its loops are cut short; the gradients of their last turns count."""
+    n, seen = (1 << 31) + 5, 50
+    halves, grads = [reserve(n + start) for _ in range(2)], [reserve(n, dtype=np.float32) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for half in halves:
+        half[-seen:] = bits(torch.randn(seen, generator=generator))
+    simt().set_last_blocks_only(False)  # there are two, one for each half
+    stats = torch.zeros(4)
+    given = (DTYPES[HALF], *(read_only(half[start:]) for half in halves), 0.9, 0.1)
+    run_clean(simt().gan_bce, *given, to_output(stats), *grads)
+    for half, grad, target in zip(halves, grads, (0.9, 0.1), strict=True):
+        expected = (torch.sigmoid(floats(half[-seen:])) - target) / n
+        torch.testing.assert_close(torch.from_numpy(grad[-seen:].copy()), expected, rtol=1e-5, atol=0)
+        assert grad[0] == 0  # nothing else was written
 
 
 def test_adam_ema():

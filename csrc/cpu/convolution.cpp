@@ -34,7 +34,8 @@ OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b
 
 void run(const Convolution& c, ScalarType dtype) {
   if (c.N == 0) return;
-  FASTGAN_PROVED(run_convolution(c, dtype == ScalarType::Double));
+  FASTGAN_IF_AVX2(if (isa() != Isa::plain) return avx2::run_convolution(c, dtype == ScalarType::Double);)
+  STD_TORCH_CHECK(false, "fastgan's convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks; use PyTorch's");
 }
 
 void check_sides(const char* op, int64_t large, int64_t small) {

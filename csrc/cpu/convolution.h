@@ -38,6 +38,7 @@ struct Convolution {
   ResultView result;
 };
 
-FASTGAN_DECLARE(void run_convolution(const Convolution& c, bool is_double);)
+// Without AVX2 convolutions are left to the library (fastgan/nn/stack_cpu.py), so the plain set has no copy.
+FASTGAN_IF_AVX2(namespace avx2 { void run_convolution(const Convolution& c, bool is_double); })
 
 }  // namespace fastgan::cpu

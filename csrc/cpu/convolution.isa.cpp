@@ -1,5 +1,5 @@
 // The three drivers over a scheme: read and transform the images, multiply, transform back and finish.
-#if !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it
+#if defined(__AVX2__) && !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it; see convolution.h
 #include "cpu/convolution.h"
 #include "cpu/parallel.h"
 #include "cpu/schemes.h"

@@ -65,6 +65,15 @@ __device__ __forceinline__ void announce_vector([[maybe_unused]] const void* p, 
 #endif
 }
 
+// Where a loop from `first` to `end` begins: on the host a test may leave out all turns but the last.
+__device__ __forceinline__ int64_t first_turn(int64_t first, [[maybe_unused]] int64_t end, [[maybe_unused]] int64_t step) {
+#ifdef FASTGAN_SIMT
+  return simt::first_turn(first, end, step);
+#else
+  return first;
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ Vector<T> load_vector(const T* p) {
   announce_vector(p, false);

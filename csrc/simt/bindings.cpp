@@ -179,6 +179,7 @@ PYBIND11_MODULE(libfastgan_simt, m) {
   m.doc() = "CUDA kernels on the host (csrc/simt/runtime.h).";
   m.def("set_seed", &simt::set_seed);
   m.def("set_last_blocks_only", &simt::set_last_blocks_only);
+  m.def("set_last_turns_only", &simt::set_last_turns_only);
   m.def("take_reports", [] {
     py::list all;
     for (const auto& r : simt::take_reports()) {

@@ -50,6 +50,7 @@ void report_bad_source(unsigned lane, Site site);  // a shuffle from a lane that
 
 unsigned char* dynamic_shared();
 void vector_access(const void* address, size_t bytes, bool write);  // must be a multiple of its size
+int64_t first_turn(int64_t first, int64_t end, int64_t step);  // of a loop, see set_last_turns_only
 void atomic_access(const void* address, size_t bytes, const void* pc);
 
 // cp.async: the data arrive in shared memory when the copying thread waits for the copy's group.
@@ -78,6 +79,8 @@ void disown(void* memory);
 
 // Only the last blocks along x run, all others count as not needed: for tensors whose last elements are of interest.
 void set_last_blocks_only(bool only);
+// The same for long loops: of one that asks first_turn, only the last turns run.
+void set_last_turns_only(bool only);
 
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 

@@ -55,7 +55,8 @@ void* body_argument;
 const char* name = "";
 uint64_t launches = 0, blocks = 0, first_block = 0;
 uint32_t random_state = 0;
-bool shuffled = false, last_blocks_only = false;
+bool shuffled = false, last_blocks_only = false, last_turns_only = false;
+constexpr int64_t last_turns = 8;
 
 Fiber& current() { return block.fibers[self->linear]; }
 
@@ -260,6 +261,12 @@ void abandon_launch() {
 }
 
 void set_last_blocks_only(bool only) { last_blocks_only = only; }
+void set_last_turns_only(bool only) { last_turns_only = only; }
+
+int64_t first_turn(int64_t first, int64_t end, int64_t step) {
+  int64_t before = (end - first) / step - last_turns;
+  return last_turns_only && before > 0 ? first + before * step : first;
+}
 
 void set_seed(unsigned seed) {
   shuffled = seed != 0;
