@@ -169,10 +169,12 @@ class Count(TorchDispatchMode):
         def watched(backend: str, name: str) -> Callable[..., Any]:
             function = kernel(backend, name)
 
-            def convolve(value, second, constants, slope, weight, bias, geometry, to_large, size, *rest):
+            def convolve(*args):  # (value, three more of the operand, weight, [bias,] geometry, to_large, size, ...)
+                value, weight = args[0], args[4]
+                to_large, size = args[6:8] if name == "convolve_block_gradient_constants" else args[7:9]
                 pixels = value.shape[2:].numel() if to_large else torch.Size(size).numel()
                 self._operations = 2 * weight.numel() * value.shape[0] * pixels
-                return function(value, second, constants, slope, weight, bias, geometry, to_large, size, *rest)
+                return function(*args)
 
             def weight_gradient(*args):  # (large, three of its constants, small, three of its constants, weight, ...)
                 large, small, weight = args[0], args[4], args[8]
@@ -180,7 +182,9 @@ class Count(TorchDispatchMode):
                 self._operations = 2 * weight.numel() * large.shape[0] * pixels
                 return function(*args)
 
-            return {"convolve": convolve, "weight_gradient": weight_gradient}.get(name, function)
+            if name.startswith("convolve"):
+                return convolve
+            return weight_gradient if name == "weight_gradient" else function
 
         return watched
 

@@ -4,8 +4,8 @@ both operands. The contract stands in `fastgan/ops/conv_bn_act_eager.py`.
 Either convolution joins a large and a small side, and its weight [F, G, R, S] one channel of each: F of the small side
 and G of the large one for a plain convolution, and for a transposed one too. The gradient's rows are the F channels,
 its columns the kernel's positions and G channels folded into one axis, and its reduction runs over the small side's
-pixels. That axis is long and the gradient small, so it is split among programs; a second kernel adds up their partial
-results in a fixed order.
+pixels. That axis is long and the gradient small, so it is split among programs; the last of those that share a tile
+adds up their partial results in a fixed order, and writes the gradient to wherever the weight's layout has it.
 """
 
 from typing import Any
@@ -13,22 +13,35 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastgan.kernels.conv_bn_act_arrivals import _comes_last, counters, group_of
 from fastgan.kernels.conv_bn_act_operand import _operand, _pixels, accumulator, kind_of, precision_of
 from fastgan.kernels.conv_bn_act_tiles import multiprocessors, tile_of
 from fastgan.kernels.launch import launch
 from torch import Tensor
 
 MAX_SPLITS = 64
-BLOCK = 1024
+
+
+@triton.jit
+def _sum_of(parts, at, every, start, stop, inside, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
+    """The partial results `start` to `stop` of one tile, added up in order."""
+    total = tl.zeros((BM, BN), ACC)
+    part = parts + start * every + at
+    for _ in range(start, stop):
+        total += tl.load(part, inside, 0.0, cache_modifier=".cg")
+        part += every
+    return total
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    parts, large, large_second, large_constants, small, small_second, small_constants,
-    images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split,
+    gradient, parts, counts, large, large_second, large_constants, small, small_second, small_constants,
+    images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split, splits,
+    per_f, per_tap, per_g,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     LARGE: tl.constexpr, LARGE_SLOPE: tl.constexpr, SMALL: tl.constexpr, SMALL_SLOPE: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     all_columns = KERNEL[0] * KERNEL[1] * large_channels
     column_tiles = tl.cdiv(all_columns, BN)
@@ -58,25 +71,25 @@ def _weight_gradient_kernel(
         c = _operand(c, d, large_constants, g[None, :], real_g, large_channels, inside, LARGE, LARGE_SLOPE, ACC)
         acc = tl.dot(tl.trans(a), c, acc, input_precision=PRECISION, out_dtype=ACC)
 
-    at = (tl.program_id(1).to(tl.int64) * small_channels + f)[:, None] * all_columns + column[None, :]
-    tl.store(parts + at, acc, (f < small_channels)[:, None] & real_g)
-
-
-@triton.jit
-def _sum_kernel(
-    out, parts, splits, size, channels, taps, per_f, per_tap, per_g, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The partial results [splits, F, taps, G], added up in order, to wherever the weight's layout has them."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros((BLOCK,), ACC)
-    part = parts + at
-    for _ in range(splits):
-        total += tl.load(part, inside, 0.0)
-        part += size
-    row = at // channels
-    place = row // taps * per_f + row % taps * per_tap + at % channels * per_g
-    tl.store(out + place, total.to(out.dtype.element_ty), inside)
+    inside = (f < small_channels)[:, None] & real_g
+    place = gradient + (f * per_f)[:, None] + (tap * per_tap + g * per_g)[None, :]
+    if GROUP == 0:  # not split
+        tl.store(place, acc.to(gradient.dtype.element_ty), inside)
+    else:
+        at = f[:, None] * all_columns + column[None, :]
+        every = (all_columns * small_channels).to(tl.int64)
+        tl.store(parts + tl.program_id(1) * every + at, acc, inside)
+        groups = tl.cdiv(splits, GROUP)
+        group = tl.program_id(1) // GROUP
+        start = group * GROUP
+        stop = tl.minimum(start + GROUP, splits)
+        counter = counts + tl.program_id(0) * (groups + 1)
+        if _comes_last(counter + group, stop - start):
+            total = _sum_of(parts, at, every, start, stop, inside, BM, BN, ACC)
+            tl.store(parts + (splits + group) * every + at, total, inside)
+            if _comes_last(counter + groups, groups):
+                total = _sum_of(parts, at, every, splits, splits + groups, inside, BM, BN, ACC)
+                tl.store(place, total.to(gradient.dtype.element_ty), inside)
 
 
 def weight_gradient(
@@ -98,23 +111,23 @@ def weight_gradient(
     steps = triton.cdiv(pixels, tile.depth)
     per_split = triton.cdiv(steps, min(MAX_SPLITS, max(1, 2 * multiprocessors(large) // tiles)))
     splits = triton.cdiv(steps, per_split)
-    parts = large.new_empty((splits, small_channels, columns), dtype=sums)
-    launch(
-        _weight_gradient_kernel, (tiles, splits), large,
-        parts, large, large_second, large_constants, small, small_second, small_constants,
-        images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split,
-        KERNEL=kernel, STRIDE=stride, PADDING=padding, DILATION=dilation,
-        LARGE=kind_of(large_second, large_constants, large_slope), LARGE_SLOPE=float(large_slope),
-        SMALL=kind_of(small_second, small_constants, small_slope), SMALL_SLOPE=float(small_slope),
-        PRECISION=precision, ACC=acc, BM=tile.rows, BN=tile.columns, BK=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    group = group_of(splits) if splits > 1 else 0
+    groups = triton.cdiv(splits, group) if group else 0
+    parts = large.new_empty((splits + groups if group else 0, small_channels, columns), dtype=sums)
+    counts = counters(large, tiles * (groups + 1)) if group else None
     if not _dense(gradient):
         gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
     per_f, per_g, _, per_tap = gradient.stride()
     launch(
-        _sum_kernel, (triton.cdiv(gradient.numel(), BLOCK),), large, gradient, parts, splits, gradient.numel(),
-        large_channels, kernel[0] * kernel[1], per_f, per_tap, per_g, ACC=acc, BLOCK=BLOCK, num_warps=4,
+        _weight_gradient_kernel, (tiles, splits), large,
+        gradient, parts, counts, large, large_second, large_constants, small, small_second, small_constants,
+        images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split,
+        splits, per_f, per_tap, per_g,
+        KERNEL=kernel, STRIDE=stride, PADDING=padding, DILATION=dilation,
+        LARGE=kind_of(large_second, large_constants, large_slope), LARGE_SLOPE=float(large_slope),
+        SMALL=kind_of(small_second, small_constants, small_slope), SMALL_SLOPE=float(small_slope),
+        GROUP=group, PRECISION=precision, ACC=acc, BM=tile.rows, BN=tile.columns, BK=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return gradient
 
