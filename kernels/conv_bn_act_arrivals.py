@@ -11,6 +11,8 @@ hands its result to the program's threads orders their loads after it. The loads
 interpreter runs one program after the other and shows none of this; `tests/test_aot.py` reads it in the PTX.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -29,8 +31,8 @@ def _comes_last(counter, expected):
 
 
 def group_of(parts: int) -> int:
-    """How many of `parts` programs are combined at once, twice: a power of two of about their square root."""
-    return triton.next_power_of_2(max(1, round(parts**0.5)))
+    """How many of `parts` programs are combined at once, twice: the power of two from their square root on."""
+    return triton.next_power_of_2(math.isqrt(max(0, parts - 1)) + 1)
 
 
 _counters: dict[tuple, Tensor] = {}

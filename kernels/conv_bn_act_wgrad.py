@@ -23,14 +23,21 @@ MAX_SPLITS = 64
 
 
 @triton.jit
-def _sum_of(parts, at, every, start, stop, inside, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):
-    """The partial results `start` to `stop` of one tile, added up in order."""
-    total = tl.zeros((BM, BN), ACC)
-    part = parts + start * every + at
-    for _ in range(start, stop):
-        total += tl.load(part, inside, 0.0, cache_modifier=".cg")
-        part += every
-    return total
+def _add_up(
+    out, per_f, beside, parts, every, start, stop, f, small_channels, column, all_columns,
+    BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of one tile, some rows at a time, the partial results `start` to `stop`, GROUP at most, in order. Unrolled: the
+    loads of all of them are in flight together."""
+    real, number = (column < all_columns)[None, :], tl.full((ROWS, 1), stop - start, tl.int32)
+    for row in range(0, BM, ROWS):
+        rows = f + row + tl.arange(0, ROWS)
+        inside = (rows < small_channels)[:, None] & real
+        part = parts + start * every + rows[:, None] * all_columns + column[None, :]
+        total = tl.zeros((ROWS, BN), ACC)
+        for index in tl.static_range(GROUP):
+            total += tl.load(part + index * every, inside & (index < number), 0.0, cache_modifier=".cg")
+        tl.store(out + (rows * per_f)[:, None] + beside[None, :], total.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -72,24 +79,58 @@ def _weight_gradient_kernel(
         acc = tl.dot(tl.trans(a), c, acc, input_precision=PRECISION, out_dtype=ACC)
 
     inside = (f < small_channels)[:, None] & real_g
-    place = gradient + (f * per_f)[:, None] + (tap * per_tap + g * per_g)[None, :]
+    beside = tap * per_tap + g * per_g
     if GROUP == 0:  # not split
-        tl.store(place, acc.to(gradient.dtype.element_ty), inside)
+        tl.store(gradient + (f * per_f)[:, None] + beside[None, :], acc.to(gradient.dtype.element_ty), inside)
     else:
-        at = f[:, None] * all_columns + column[None, :]
         every = (all_columns * small_channels).to(tl.int64)
-        tl.store(parts + tl.program_id(1) * every + at, acc, inside)
+        tl.store(parts + tl.program_id(1) * every + f[:, None] * all_columns + column[None, :], acc, inside)
+        ROWS: tl.constexpr = min(BM, 32)
         groups = tl.cdiv(splits, GROUP)
         group = tl.program_id(1) // GROUP
         start = group * GROUP
         stop = tl.minimum(start + GROUP, splits)
         counter = counts + tl.program_id(0) * (groups + 1)
+        first_f = tl.program_id(0) // column_tiles * BM
         if _comes_last(counter + group, stop - start):
-            total = _sum_of(parts, at, every, start, stop, inside, BM, BN, ACC)
-            tl.store(parts + (splits + group) * every + at, total, inside)
+            combined = parts + (splits + group) * every
+            _add_up(
+                combined,
+                all_columns,
+                column,
+                parts,
+                every,
+                start,
+                stop,
+                first_f,
+                small_channels,
+                column,
+                all_columns,
+                BM,
+                ROWS,
+                BN,
+                GROUP,
+                ACC,
+            )
             if _comes_last(counter + groups, groups):
-                total = _sum_of(parts, at, every, splits, splits + groups, inside, BM, BN, ACC)
-                tl.store(place, total.to(gradient.dtype.element_ty), inside)
+                _add_up(
+                    gradient,
+                    per_f,
+                    beside,
+                    parts,
+                    every,
+                    splits,
+                    splits + groups,
+                    first_f,
+                    small_channels,
+                    column,
+                    all_columns,
+                    BM,
+                    ROWS,
+                    BN,
+                    GROUP,
+                    ACC,
+                )
 
 
 def weight_gradient(
@@ -109,7 +150,8 @@ def weight_gradient(
     tile = tile_of(large, precision, small_channels, columns, pixels, MAX_SPLITS)
     tiles = triton.cdiv(small_channels, tile.rows) * triton.cdiv(columns, tile.columns)
     steps = triton.cdiv(pixels, tile.depth)
-    per_split = triton.cdiv(steps, min(MAX_SPLITS, max(1, 2 * multiprocessors(large) // tiles)))
+    programs = multiprocessors(large) * (8 // tile.warps)  # one wave: two programs of 8 warps lack shared memory
+    per_split = triton.cdiv(steps, min(MAX_SPLITS, max(1, programs // tiles)))
     splits = triton.cdiv(steps, per_split)
     group = group_of(splits) if splits > 1 else 0
     groups = triton.cdiv(splits, group) if group else 0
