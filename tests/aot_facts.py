@@ -26,8 +26,8 @@ def ordered_arrivals(ptx: str) -> int:
     """How often programs count themselves in, each time in an order in which the last one sees what the others stored
     (`kernels/conv_bn_act_arrivals.py`); -1 where one is out of order.
 
-    Before the atomic, which releases and acquires at the scope of the device, a barrier and no access after it; after it
-    a barrier before any load; and loads that follow bypass the first-level cache, or are of what no program wrote.
+    Before the atomic, which releases and acquires at the scope of the device, a barrier and no access after it; after
+    it a barrier before any load; and loads that follow bypass the first-level cache, or are of what no program wrote.
     """
     events = re.findall(r"^.*?\b(bar\.sync|atom\.global\S*|(?:ld|st)\.global\S*)", ptx, re.MULTILINE)
     found = [index for index, event in enumerate(events) if event.startswith("atom")]
