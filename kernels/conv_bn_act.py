@@ -22,7 +22,7 @@ from fastgan.kernels.bn_act import _preactivation, _through_activation
 from fastgan.kernels.conv_bn_act_arrivals import counters, group_of
 from fastgan.kernels.conv_bn_act_constants import _finish, block_constants, block_gradient_constants, rows_of
 from fastgan.kernels.conv_bn_act_operand import _operand, _pixels, accumulator, kind_of, precision_of
-from fastgan.kernels.conv_bn_act_tiles import tile_of
+from fastgan.kernels.conv_bn_act_tiles import LEAST, depth_of_few, tile_of
 from fastgan.kernels.conv_bn_act_wgrad import weight_gradient
 from fastgan.kernels.conv_transpose_bn_act import _phase_taps, lone_pixel_stride, spacing
 from fastgan.kernels.launch import launch
@@ -224,6 +224,8 @@ def _convolve(
     positions = triton.cdiv(kernel[0], step[0]) * triton.cdiv(kernel[1], step[1])
     tile = tile_of(value, precision, images * pixels, out_channels, positions * channels, phases)
     fold = channels < tile.depth
+    if channels < LEAST:
+        tile = tile._replace(depth=depth_of_few(positions * channels, tile.depth))
     tiles = triton.cdiv(images * pixels, tile.rows)
     shape = (images, out_channels, *size)
     y = torch.empty(shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last)

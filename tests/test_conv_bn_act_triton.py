@@ -50,7 +50,7 @@ def chains_of_fp32_are_cut(monkeypatch):
 
     def tile_of(value, precision, *sizes):
         tile = tiles.tile_of(value, precision, *sizes)
-        return tile._replace(depth=min(tile.depth, max(32, tile.depth // 8))) if value.dtype == torch.float32 else tile
+        return tile._replace(depth=min(tile.depth, max(16, tile.depth // 8))) if value.dtype == torch.float32 else tile
 
     monkeypatch.setattr(kernels, "tile_of", tile_of)
     monkeypatch.setattr(wgrad_kernels, "tile_of", tile_of)
@@ -487,6 +487,12 @@ def test_tiles_are_the_widest_that_fill_the_card(monkeypatch):
     assert tiles.tile_of(halves, "ieee", 1 << 10, 256, 2048) == lists[1]
     assert tiles.tile_of(halves, "ieee", 1 << 20, 3, 48)[:3] == (128, 16, 64)
     assert tiles.tile_of(halves, "ieee", 5, 3, 3)[:3] == (16, 16, 16)
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(48, 16), (75, 16), (16, 16), (64, 64), (128, 64), (32, 32), (1, 16)])
+def test_steps_over_a_few_channels_pad_no_more_than_a_matrix_instruction_needs(depth, expected):
+    assert tiles.depth_of_few(depth, 64) == expected
+    assert -depth % expected < tiles.LEAST
 
 
 def test_counts_name_the_kernels():

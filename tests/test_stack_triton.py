@@ -45,10 +45,10 @@ def test_dcgan_is_as_right_as_eager(network, dtype):
     input = torch.randn((8, 20) if network == "generator" else (8, 3, 16, 16)).to(DEVICE, dtype)
     truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
     own, got = outcome(made, input, "eager"), outcome(made, input, "triton")
-    # A whole network multiplies the errors of its layers: four times the rule's factor, here on every gradient too.
+    # The rule as it is, on every gradient too: of two seeds the largest ratio to eager's own error was 1.69.
     for index, triple in enumerate(zip(got, own, truth, strict=True)):
         if triple[0].is_floating_point():
-            assert_as_right_as_torch(*triple, f"tensor {index}", factor=8.0)
+            assert_as_right_as_torch(*triple, f"tensor {index}")
 
 
 @pytest.mark.parametrize("name", ["down", "up"])
@@ -146,6 +146,15 @@ def test_kernels_of_a_step_by_name_and_number():
     assert ran == {
         "convolve": 2 + 1, "convolve_block_constants": 2, "convolve_block_gradient_constants": 2, "weight_gradient": 4,
     }  # fmt: skip
+
+
+def test_in_eval_batch_norm_is_folded_into_the_convolutions():
+    """Each reads the output before it through its BatchNorm and activation; what is left is O(C) work."""
+    discriminator, images = Discriminator(32, 1, 4).to(DEVICE).eval(), torch.randn(4, 1, 32, 32, device=DEVICE)
+    reset_counts()
+    with use_backend("triton"), torch.no_grad():
+        discriminator(images)
+    assert counts() == {("triton", "convolve"): 4, ("triton", "block_constants"): 2}
 
 
 def test_one_tensor_is_kept_for_each_block():
@@ -258,6 +267,6 @@ def test_fp32_follows_the_switch_for_convolutions(precision):
         network, images = Discriminator(32, 3, 32).cuda(), torch.randn(8, 3, 32, 32, device="cuda")
         truth = outcome(copy.deepcopy(network).double(), images.double(), "eager")
         own, got = outcome(network, images, "eager"), outcome(network, images, "triton")
-        assert_as_right_as_torch(got[0], own[0], truth[0], factor=8.0)
+        assert_as_right_as_torch(got[0], own[0], truth[0])
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
