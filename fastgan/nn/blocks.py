@@ -149,7 +149,7 @@ def counted_arguments(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> dict[str, Any]
 
 def count_batches(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], batches: int = 1) -> None:
     """Count that many batches in every norm that counts them, all in one launch."""
-    counters = [norm.num_batches_tracked for norm in norms if _counts(norm)]
+    counters: list[Any] = [norm.num_batches_tracked for norm in norms if _counts(norm)]
     if counters:
         torch._foreach_add_(counters, batches)
 

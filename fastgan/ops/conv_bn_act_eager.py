@@ -248,7 +248,8 @@ def _noise(name: str, args: tuple) -> list[float]:
         largest = parts.abs().max().item() * max(1.0, constants.abs().max().item()) ** 2
         return [4 * torch.finfo(parts.dtype).eps * largest] * 2
     if name == "convolve_block_constants":
-        y, _ = convolve_block_constants(*args[:11], None, None, *args[13:])
+        unmoved = (*args[:11], None, None, *args[13:])
+        y, _ = convolve_block_constants(*unmoved)
         mean = 4 * torch.finfo(y.dtype).eps * y.abs().max().item()
         return [0.0, mean, 0.0, 0.0, 0.0, *([mean, 0.0] if args[11] is not None else [])]
     if name not in _OUT:
