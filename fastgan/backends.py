@@ -76,7 +76,7 @@ _DTYPES = {
 _PREFERRED_ON_CUDA = ("triton",)
 _OPTIONAL = frozenset({"update_running_stats"})
 # Arguments that a kernel changes, by position: it is compared on copies of them.
-_IN_PLACE = {"update_running_stats": (0, 1), "block_constants": (4, 5)}
+_IN_PLACE = {"update_running_stats": (0, 1), "block_constants": (4, 5), "convolve_block_constants": (11, 12)}
 
 Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
