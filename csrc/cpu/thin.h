@@ -52,7 +52,7 @@ struct Thin {
         int64_t rows = std::min(step, s.H - y);
         T* out = in_place ? sink.out + (image * s.H + y) * s.W * s.K : scratch<T>(Scratch::small, rows * s.W * columns);
         for (int64_t r = 0; r < rows; r++) {
-          multiply_rows(large + 2 * (y + r) * line, Strides{2 * s.C, 1, reach, line}, u, depth * panel<T>, depth,
+          multiply_rows(large + 2 * (y + r) * line, Strides{2 * s.C, 1, reach, line}, u, depth * panel<T>, depth, depth,
                         out + r * s.W * columns, columns, panel<T>, panels_of_k, s.W, false);
         }
         if (!in_place) write_block(sink, image, s.H, s.W, s.K, y, out, columns, s.W * columns);
@@ -69,10 +69,8 @@ struct Thin {
       std::fill_n(large, scheme.large.size(), T(0));
       for (int64_t y = 0; y < s.H; y++) {
         const T* row = read_small_row(source, image, y);
-        for (int64_t k = 0; k < columns; k += run_length) {
-          multiply_rows(row + k, Strides{columns, 1, run_length, 0}, u + k * panel<T>, columns * panel<T>,
-                        std::min<int64_t>(run_length, columns - k), product, depth, panel<T>, depth / panel<T>, s.W, k > 0);
-        }
+        multiply_rows(row, Strides{columns, 1, run_length, run_length}, u, columns * panel<T>, columns, run_length, product, depth,
+                      panel<T>, depth / panel<T>, s.W, false);
         switch (s.C) {
           case 1: add_row<4>(product, large + 2 * y * line); break;
           case 2: add_row<8>(product, large + 2 * y * line); break;
