@@ -57,6 +57,8 @@ def register(
     setattr(direct, name, partial(differentiable, implementation))
 
 
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
@@ -67,9 +69,9 @@ def is_plain(first: Tensor, *others: Tensor | None) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or _modes() > 0
+        or _transforms()
+        or _tracing() is not None
         or not _PLAIN.issuperset(map(type, (first, *others)))
         or first.is_meta
     )

@@ -64,15 +64,25 @@ def bn_act(
         ValueError: a shape or dtype does not fit, or there is one value per channel in training.
         BackendError: the backend that was asked for cannot run.
     """
-    _check(input, running_mean, running_var, weight, bias, training, alone=process_group is None)
     backend = requested(backend)
-    if training and process_group is not None:
+    alone = process_group is None or not training
+    choice = chosen("bn_act", input, backend) if alone and input.numel() else None
+    if choice is not None and choice.whole and training and _is_many(input):
+        input = dense(input)
+        if is_plain(input, weight, bias, running_mean, running_var):
+            constants = (running_mean, running_var, momentum, eps, negative_slope)
+            try:
+                return _WholeTrain.apply(choice, input, weight, bias, *constants)
+            except RuntimeError:  # the kernel checks its arguments; this says what is wrong with them
+                _check(input, running_mean, running_var, weight, bias, training, alone)
+                raise
+    _check(input, running_mean, running_var, weight, bias, training, process_group is None)
+    if process_group is not None and training:
         from fastgan.ops.bn_act_sync import bn_act_sync
 
         return bn_act_sync(
             input, running_mean, running_var, weight, bias, momentum, eps, negative_slope, process_group, backend
         )
-    choice = chosen("bn_act", input, backend) if input.numel() else None
     if choice is None:
         count("eager", "bn_act")
         v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -138,6 +148,11 @@ def block_end(
     if any(t is not None for t in (running_mean, running_var, weight, bias)):
         raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
     return act(y, negative_slope, backend)
+
+
+def _is_many(input: Tensor) -> bool:
+    """Whether there is more than one value per channel."""
+    return input.dim() > 1 and input.numel() > input.shape[1]
 
 
 def _check(input, running_mean, running_var, weight, bias, training, alone) -> None:
@@ -307,6 +322,33 @@ class _Train(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz, _mean, _var):
         return None, *_first_gradient(ctx, dz, training=True), *[None] * 6
+
+
+class _WholeTrain(torch.autograd.Function):
+    """`_Train` and the update of the running statistics by a backend's whole kernels, with nothing in between."""
+
+    @staticmethod
+    def forward(ctx, choice, input, weight, bias, running_mean, running_var, momentum, eps, slope):
+        z, mean, var = choice.run("bn_act_train", input, weight, bias, running_mean, running_var, momentum, eps, slope)
+        if running_mean is not None:
+            torch.autograd.graph.increment_version((running_mean, running_var))
+        ctx.save_for_backward(input, weight, bias, mean, var)
+        ctx.constants, ctx.backend = (eps, slope), choice
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        if torch.is_grad_enabled() or not is_plain(dz):
+            return None, *_first_gradient(ctx, dz, training=True), *[None] * 5
+        input, *saved = ctx.saved_tensors
+        _, needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dy, grad_weight, grad_bias = ctx.backend.run(
+            "bn_act_grad", like(dz, input), input, *saved, *ctx.constants, True, needs_input, needs_weight or needs_bias
+        )
+        return (
+            None, dy if needs_input else None, grad_weight if needs_weight else None, grad_bias if needs_bias else None,
+            *[None] * 5,
+        )  # fmt: skip
 
 
 class _Eval(torch.autograd.Function):
