@@ -82,7 +82,7 @@ def test_the_public_operations_take_triton_on_fake_cuda_and_match_their_implemen
     assert up.shape == (4, 8, 32, 32)
     loss, *_ = ops.gan_bce(torch.empty(4), torch.empty(4))
     assert (loss.shape, loss.device.type) == ((), "cuda")
-    assert backends.choose("bn_act", x).backend == "triton"
+    assert backends.choose("bn_act", x).decision.backend == "triton"
 
 
 def test_a_planted_item_is_caught_on_fake_cuda(launches, monkeypatch):
