@@ -266,7 +266,7 @@ _recorder: Callable[[str, Tensor, Decision], None] | None = None
 def choose(operation: str, tensor: Tensor, backend: str | Choice | None = None) -> Choice:
     """What runs `operation` (a stem) on `tensor`, remembered; `backend` forces one and raises BackendError if it cannot
     run. A choice that was made already is returned as it is."""
-    if type(backend) is Choice:
+    if isinstance(backend, Choice):
         return backend
     key = (operation, backend, tensor.device, tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
     choice = _decisions.get(key)

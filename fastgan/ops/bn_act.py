@@ -230,7 +230,7 @@ def _train(
     choice = choose("bn_act", input, backend)
     if choice.whole:
         results = choice.run("bn_act_train", input, weight, bias, running_mean, running_var, momentum, eps, slope)
-        if running_mean is not None:
+        if running_mean is not None and running_var is not None:
             torch.autograd.graph.increment_version((running_mean, running_var))
         return results
     mean, m2 = choice.run("bn_stats", input)
