@@ -169,8 +169,9 @@ class _Blocks(torch.autograd.Function):
         raw, constants = [], []
         for index, step in enumerate(steps):
             weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
-            _tell(run, step, operand.value)
+            backends.enter_layer(step.name)
             steps[index], y, by = kernels.forward(step, operand, weight, bias, gamma, beta)
+            _tell(run, step, y)
             operand = Operand(y, None, by, step.slope)
             used = _is_activated(operand) or index + 1 < len(steps)  # the last may not be
             raw.append(y if used and not (run.recompute_first and index == 0) else None)
@@ -203,12 +204,11 @@ class _Blocks(torch.autograd.Function):
         return None, *(None if g is None else g.to(w.dtype) for g, w in zip(grads, wanted, strict=True))
 
 
-def _tell(run: _Run, step: Step, input: Tensor) -> None:
+def _tell(run: _Run, step: Step, y: Tensor) -> None:
     """Let `explain` see who runs a block."""
-    backends.enter_layer(step.name)
     operation = "conv_transpose_bn_act" if step.transposed else "conv_bn_act"
     reason = f"one unit from layer {run.steps[0].name} on"
-    backends.note(operation, input, backends.Decision(run.kernels.BACKEND, reason))
+    backends.note(operation, y, backends.Decision(run.kernels.BACKEND, reason))
 
 
 def _is_activated(operand: Operand) -> bool:
