@@ -112,6 +112,24 @@ def _times(row: results.Row, name: str) -> str:
     return str(results.times_as_fast(row, name)) if name in row["seconds"] else "-"
 
 
+def profile() -> str:
+    """The operations of a step that take most of its time."""
+    return table(
+        ["training step", "operation", "calls", "ms", "share"],
+        [
+            [
+                row["case"],
+                f"`{taken['name']}`",
+                f"{taken['calls']:.0f}",
+                f"{1e3 * taken['seconds']:.1f}",
+                f"{100 * taken['share']:.1f} %",
+            ]
+            for row in step_rows()
+            for taken in row.get("profile", [])
+        ],
+    )
+
+
 def memory() -> str:
     """Peak memory of a training process, and bytes kept for backward."""
     mib = 2**20
@@ -209,7 +227,7 @@ def commands() -> str:
 
 TABLES = {
     f.__name__.replace("_", "-"): f
-    for f in (speed, steps, options, memory, layers, operations, default_run, measured_on, commands)
+    for f in (speed, steps, options, profile, memory, layers, operations, default_run, measured_on, commands)
 }
 
 

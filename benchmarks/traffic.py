@@ -6,7 +6,8 @@ The counts come from the operations that really run: a step of `GanStep` on `met
 values, under a dispatch mode that sees every ATen operation and every Triton launch. How they are counted:
 
 * Bytes: each operand of a launch is read once and each result written once, however often a kernel comes back to it
-  (caches); views and allocations cost nothing. Statistics must be complete before they are applied, so ATen's training
+  (caches), as the last program of a launch does to the partial sums of the others; views and allocations cost
+  nothing. Statistics must be complete before they are applied, so ATen's training
   BatchNorm reads its input twice, and its backward both operands twice (`READS`).
 * Launches: one for an ATen operation (the least: cuDNN and ATen may take more), one for each gradient of a
   convolution, one for `fastgan::adam_ema` (48 tensors at most), and each launch of our Triton kernels.
@@ -20,6 +21,7 @@ host takes `launch_cost` for each; the step takes the longer of both sums. Captu
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -169,10 +171,12 @@ class Count(TorchDispatchMode):
         def watched(backend: str, name: str) -> Callable[..., Any]:
             function = kernel(backend, name)
 
-            def convolve(value, second, constants, slope, weight, bias, geometry, to_large, size, *rest):
+            def convolve(*args):  # (value, three more of the operand, weight, [bias,] geometry, to_large, size, ...)
+                value, weight = args[0], args[4]
+                to_large, size = args[6:8] if name == "convolve_block_gradient_constants" else args[7:9]
                 pixels = value.shape[2:].numel() if to_large else torch.Size(size).numel()
                 self._operations = 2 * weight.numel() * value.shape[0] * pixels
-                return function(value, second, constants, slope, weight, bias, geometry, to_large, size, *rest)
+                return function(*args)
 
             def weight_gradient(*args):  # (large, three of its constants, small, three of its constants, weight, ...)
                 large, small, weight = args[0], args[4], args[8]
@@ -180,7 +184,9 @@ class Count(TorchDispatchMode):
                 self._operations = 2 * weight.numel() * large.shape[0] * pixels
                 return function(*args)
 
-            return {"convolve": convolve, "weight_gradient": weight_gradient}.get(name, function)
+            if name.startswith("convolve"):
+                return convolve
+            return weight_gradient if name == "weight_gradient" else function
 
         return watched
 
@@ -286,26 +292,37 @@ def bytes_kept(provider: Provider, network: nn.Module, input: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
 
 
-def passes_per_block(provider: Provider) -> float:
-    """Reads and writes of an activation that a block of convolution, BatchNorm and LeakyReLU adds to a step beside
-    what its bare convolutions move; blocks of 3x3 convolutions, whose activations are all of one size."""
+class Beside(NamedTuple):
+    """What a block of convolution, BatchNorm and LeakyReLU moves in a step beside what its bare convolution does: reads
+    and writes of an activation, and bytes that do not grow with the batch (partial sums of the weight's gradient)."""
 
-    def moved(blocks: int, normalised: bool) -> int:
+    passes: float
+    constant: int
+
+
+def beside_convolutions(provider: Provider) -> Beside:
+    """Of blocks of 3x3 convolutions, whose activations are all of one size: per image, and what all images share."""
+
+    def moved(images: int, blocks: int, normalised: bool) -> int:
         layers: list[nn.Module] = []
         for _ in range(blocks):
             layers.append(nn.Conv2d(64, 64, 3, padding=1, bias=False))
             layers += [nn.BatchNorm2d(64), nn.LeakyReLU(0.2, inplace=True)] if normalised else []
         stack = ConvStack(*layers).to("meta")
         halve(stack)
-        input = torch.empty(shape, **BF16, requires_grad=True)
+        input = torch.empty(images, *shape, **BF16, requires_grad=True)
         input = input.contiguous(memory_format=torch.channels_last)
         with running(provider if normalised else PROVIDERS["eager"]), Count.all() as count:
             stack(input).backward(torch.empty_like(input))
         return sum(launch.moved for launch in count.launches)
 
-    shape = (64, 64, 64, 64)
-    block, bare = (moved(4, normalised) - moved(3, normalised) for normalised in (True, False))
-    return (block - bare) / (2 * torch.Size(shape).numel())
+    def of_a_block(images: int) -> int:
+        block, bare = (moved(images, 4, with_norm) - moved(images, 3, with_norm) for with_norm in (True, False))
+        return block - bare
+
+    shape, images = (64, 64, 64), 64
+    once, twice = of_a_block(images), of_a_block(2 * images)
+    return Beside((twice - once) / (2 * images * torch.Size(shape).numel()), 2 * once - twice)
 
 
 # --- the estimate -------------------------------------------------------------------------------------------------
@@ -361,25 +378,27 @@ def count(config: TrafficConfig, card: Card) -> list[dict[str, Any]]:
             for name, provider in PROVIDERS.items():
                 launches = step_launches(provider, image_size, batch_size)
                 elsewhere = [launch for launch in launches if not launch.operations]
+                generator, discriminator = networks(image_size)
+                images = torch.empty(batch_size, 3, image_size, image_size, **BF16)
                 kept = [
-                    bytes_kept(provider, network, torch.empty(shape, **BF16))
-                    for network, shape in zip(
-                        networks(image_size),
-                        ((batch_size, 100), (batch_size, 3, image_size, image_size)),
-                        strict=True,
-                    )
+                    bytes_kept(provider, generator, torch.empty(batch_size, 100, **BF16)),
+                    bytes_kept(provider, discriminator, images),
                 ]
+                next(m for m in discriminator.modules() if isinstance(m, ConvStack)).recompute_first = True
+                kept.append(bytes_kept(provider, discriminator, images))
                 rows.append({
                     "image_size": image_size,
                     "batch_size": batch_size,
                     "provider": name,
                     "launches": len(launches),
+                    "launches_by_kind": dict(Counter(launch.name for launch in launches).most_common()),
                     "bytes_read": sum(launch.read for launch in launches),
                     "bytes_written": sum(launch.written for launch in launches),
                     "bytes_elsewhere": sum(launch.moved for launch in elsewhere),
                     "operations": sum(launch.operations for launch in launches),
                     "bytes_kept_generator": kept[0],
                     "bytes_kept_discriminator": kept[1],
+                    "bytes_kept_discriminator_first_recomputed": kept[2],
                     "modelled_seconds": estimate(launches, card, config.launch_cost),
                 })  # fmt: skip
     return rows
@@ -404,8 +423,9 @@ def show(rows: list[dict[str, Any]], card: Card, launch_cost: float, console: Co
             f"{seconds['step'] * 1e3:.2f}", f"{seconds['graph'] * 1e3:.2f}",
         )  # fmt: skip
     console.print(table)
-    passes = ", ".join(f"{name} {passes_per_block(provider):.1f}" for name, provider in PROVIDERS.items())
-    console.print(f"passes over an activation per block, bare convolutions left out (counted): {passes}")
+    found = {name: beside_convolutions(provider) for name, provider in PROVIDERS.items()}
+    passes = ", ".join(f"{name} {of.passes:.2f} and {of.constant / 1e6:.1f} MB" for name, of in found.items())
+    console.print(f"passes over an activation per block, bare convolutions left out, and bytes beside: {passes}")
 
 
 def traffic(config: TrafficConfig) -> None:
@@ -417,13 +437,13 @@ def traffic(config: TrafficConfig) -> None:
     rows = count(config, card)
     show(rows, card, config.launch_cost, Console(highlight=False, width=120))
     if config.json is not None:
-        passes = {name: passes_per_block(provider) for name, provider in PROVIDERS.items()}
+        passes = {name: beside_convolutions(provider)._asdict() for name, provider in PROVIDERS.items()}
         content = {
             "kind": "modelled from counted operations; nothing was measured on a GPU",
             "card": card._asdict(),
-            "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+            "config": {key: value for key, value in asdict(config).items() if key not in ("json", "debug")},
             "versions": versions(),
-            "passes_per_block": passes,
+            "beside_convolutions_per_block": passes,
             "rows": rows,
         }
         config.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

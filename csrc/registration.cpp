@@ -19,6 +19,11 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
         "-> (Tensor, Tensor)");
   m.def("bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, float slope, "
         "Tensor? grad_weight, Tensor? grad_bias, int count) -> Tensor");
+  m.def("bn_act_train(Tensor y, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+        "float momentum, float eps, float slope) -> (Tensor, Tensor, Tensor)");
+  m.def("bn_act_eval(Tensor y, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, float slope) -> Tensor");
+  m.def("bn_act_grad(Tensor dz, Tensor y, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, float slope, "
+        "bool training, bool needs_input, bool needs_affine) -> (Tensor, Tensor, Tensor)");
   m.def("block_constants(Tensor sums, int count, Tensor? weight, Tensor? bias, float eps, Tensor(a!)? running_mean, "
         "Tensor(b!)? running_var, float momentum) -> Tensor");
   m.def("block_apply(Tensor y, Tensor constants, float slope) -> Tensor");
@@ -48,6 +53,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan_cpu, CPU, m) {
   m.impl("bn_act", TORCH_BOX(&fastgan::cpu::bn_act));
   m.impl("bn_act_reduce", TORCH_BOX(&fastgan::cpu::bn_act_reduce));
   m.impl("bn_act_backward", TORCH_BOX(&fastgan::cpu::bn_act_backward));
+  m.impl("bn_act_train", TORCH_BOX(&fastgan::cpu::bn_act_train));
+  m.impl("bn_act_eval", TORCH_BOX(&fastgan::cpu::bn_act_eval));
+  m.impl("bn_act_grad", TORCH_BOX(&fastgan::cpu::bn_act_grad));
   m.impl("adam_ema", TORCH_BOX(&fastgan::cpu::adam_ema));
 }
 #endif

@@ -26,6 +26,16 @@ and stem `gan_bce` (one of real and fake may be None; logits of any shape, not e
     BCE)/d(logits); all in the stat dtype, grads shaped like the logits; an absent half has zeros and a grad
     of 0 elements
 
+A backend may also offer a whole operation as one kernel each way (cpu does: on small tensors calls cost more than
+passes), with the arguments of the operations in `fastgan/ops/bn_act.py` and optional tensors in any dtype that these
+take, of any stride; all three or none:
+
+    bn_act_train(Tensor y, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var,
+        float momentum, float eps, float slope) -> (Tensor z, Tensor mean, Tensor var)
+    bn_act_eval(Tensor y, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, float slope) -> Tensor z
+    bn_act_grad(Tensor dz, Tensor y, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, float slope,
+        bool training, bool needs_input, bool needs_affine) -> (Tensor dy, Tensor grad_weight, Tensor grad_bias)
+
 What the caller guarantees: every tensor is on one device; y is dense and not empty: `y.is_contiguous()` or
 (4-D) `y.is_contiguous(memory_format=torch.channels_last)`; dz has y's dtype and memory format; mean, invstd,
 weight, bias and the two sums are contiguous [C] in the stat dtype, never absent (ones and zeros stand in);
@@ -76,11 +86,12 @@ _DTYPES = {
 _PREFERRED_ON_CUDA = ("triton",)
 _OPTIONAL = frozenset({"update_running_stats"})
 # Arguments that a kernel changes, by position: it is compared on copies of them.
-_IN_PLACE = {"update_running_stats": (0, 1), "block_constants": (4, 5)}
+_IN_PLACE = {"update_running_stats": (0, 1), "block_constants": (4, 5), "convolve_block_constants": (11, 12)}
 
 Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
 _stem_of: dict[str, str] = {}
+_whole: dict[str, tuple[str, ...]] = {}
 _settle: dict[str, Callable[[str, tuple], tuple]] = {}
 _noise: dict[str, Callable[[str, tuple], list[float]]] = {}
 _fewer: dict[str, Callable[[str, tuple], tuple]] = {}
@@ -101,16 +112,19 @@ def define(
     noise: Callable[[str, tuple], list[float]] | None = None,
     few: Callable[[str, tuple], tuple] | None = None,
     comparable: Callable[[str, Any], Any] | None = None,
+    whole: tuple[str, ...] = (),
 ) -> None:
     """Declare the split operations of a stem with their eager definitions (called once by
     `fastgan/ops/STEM.py`).
 
     `settle(name, args)` returns arguments on which two right kernels must agree (no activation at its kink);
     `noise(name, args)` the errors of each output that are let pass at a kernel's first use; `few(name, args)`
-    arguments small enough for a comparison in fp64; `comparable(name, result)` what of a result is determined.
+    arguments small enough for a comparison in fp64; `comparable(name, result)` what of a result is determined. `whole`
+    are kernels that stand for several split operations at once, where a backend has them.
     """
     operations[stem] = kernels
-    _stem_of.update(dict.fromkeys(kernels, stem))
+    _stem_of.update(dict.fromkeys((*kernels, *whole), stem))
+    _whole[stem] = whole
     _settle[stem] = settle or (lambda _, args: args)
     _noise[stem] = noise or (lambda _, args: [])
     _fewer[stem] = few or _few
@@ -236,31 +250,61 @@ def _measured() -> dict[tuple, tuple[int, str, float]]:
     return table
 
 
-_decisions: dict[tuple, Decision] = {}
+class Choice(NamedTuple):
+    """A decision, and how to carry it out."""
+
+    decision: Decision
+    run: Callable[..., Any]  # (name of a kernel, *its arguments), counted
+    whole: bool  # the backend has the operation's whole kernels
+    asked: str | None  # the backend that was asked for
+
+
+_decisions: dict[tuple, Choice] = {}
 _recorder: Callable[[str, Tensor, Decision], None] | None = None
 
 
-def choose(operation: str, tensor: Tensor, backend: str | None = None) -> Decision:
-    """The backend for `operation` (a stem) on `tensor`, remembered; `backend` forces one and raises BackendError if it
-    cannot run."""
-    key = (operation, backend, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-    decision = _decisions.get(key)
-    if decision is None:
+def choose(operation: str, tensor: Tensor, backend: str | Choice | None = None) -> Choice:
+    """What runs `operation` (a stem) on `tensor`, remembered; `backend` forces one and raises BackendError if it cannot
+    run. A choice that was made already is returned as it is."""
+    if isinstance(backend, Choice):
+        return backend
+    key = (operation, backend, tensor.device, tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
+    choice = _decisions.get(key)
+    if choice is None:
         if len(_decisions) > 4096:
             _decisions.clear()
-        decision = _decisions[key] = decide(operation, tensor, backend)
-    return decision
+        decision = decide(operation, tensor, backend)
+        run = runner_of(decision.backend, tensor, forced=backend is not None)
+        whole = not _is_compared(tensor) and _has_whole(operation, decision.backend)
+        choice = _decisions[key] = Choice(decision, run, whole, backend)
+    return choice
 
 
-def takes_definition(operation: str, tensor: Tensor, backend: str | None) -> bool:
-    """Whether the plain PyTorch expression runs, without the custom operation's wrapping. Traced code decides
-    at run time instead, inside the operation, unless eager is forced."""
+def _has_whole(operation: str, backend: str) -> bool:
+    try:
+        for name in _whole[operation]:
+            kernel(backend, name)
+    except (BackendError, KeyError):
+        return False
+    return bool(_whole[operation])
+
+
+def chosen(operation: str, tensor: Tensor, backend: str | None) -> Choice | None:
+    """`choose` for a call of a public function; None: the plain PyTorch expression runs, without the custom
+    operation's wrapping. Traced code decides at run time instead, inside the operation, unless eager is forced."""
     if torch.compiler.is_compiling():
-        return backend == "eager"
-    decision = choose(operation, tensor, backend)
+        return None if backend == "eager" else UNDECIDED
+    choice = choose(operation, tensor, backend)
     if _recorder is not None:
-        _recorder(operation, tensor, decision)
-    return decision.backend == "eager"
+        _recorder(operation, tensor, choice.decision)
+    return None if choice.decision.backend == "eager" else choice
+
+
+def _undecided(*_: Any) -> None:
+    raise AssertionError("traced code runs no kernel")
+
+
+UNDECIDED = Choice(Decision("", "decided at run time"), _undecided, False, None)
 
 
 layer = ""
@@ -347,26 +391,21 @@ def run(backend: str, name: str, *args: Any) -> Any:
 _run_by = {backend: partial(run, backend) for backend in BACKENDS}
 
 
-def runner(operation: str, tensor: Tensor, backend: str | None) -> Callable[..., Any]:
-    """`run` with the backend chosen for `operation` on `tensor`: call it with a split operation's name and args."""
-    return runner_of(choose(operation, tensor, backend).backend, tensor, forced=backend is not None)
-
-
 def runner_of(backend: str, tensor: Tensor, forced: bool) -> Callable[..., Any]:
     """`run` by `backend`, on CUDA comparing each kernel with the definition at its first use with the device, dtype and
     layout of `tensor`."""
     if backend == "eager" or not _is_compared(tensor):
         return _run_by[backend]
-    return partial(_run_compared, backend, forced, tensor)
+    return partial(_run_compared, backend, forced, (tensor.dtype, layout(tensor), tensor.device))
 
 
 def _is_compared(tensor: Tensor) -> bool:
     return tensor.is_cuda and type(tensor) in (Tensor, torch.nn.Parameter)  # a fake tensor has no values to compare
 
 
-def _run_compared(backend: str, forced: bool, tensor: Tensor, name: str, *args: Any) -> Any:
+def _run_compared(backend: str, forced: bool, of: tuple, name: str, *args: Any) -> Any:
     """A kernel that missed gives way to eager, or where the backend was `forced` raises BackendError."""
-    key = (backend, name, tensor.dtype, layout(tensor), tensor.device)
+    key = (backend, name, *of)
     verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
     if verdict is not None and forced:
         raise BackendError(f"kernel {name} of backend '{backend}' is disabled here: {verdict}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgan import images
 from fastgan.command import run_command
 from fastgan.data import to_uint8
+from fastgan.devices import choose_device
 from fastgan.errors import CheckpointError, FastganError
 from fastgan.files import replacing
 from fastgan.nn import Generator
@@ -102,8 +103,6 @@ def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
 
 def sample(options: Options) -> Path:
     """Do what `options` ask; returns the file or folder written. Errors leave what was there before."""
-    from fastgan.train.loop import choose_device
-
     kind, out = _output(options)
     _check(options)
     device = choose_device(options.device)

@@ -8,8 +8,9 @@ over both folded into one axis. From the large side of a strided convolution to 
 every pixel; to the large side (a transposed convolution, or the gradient of a plain one) the output falls into
 stride^2 sub-pixel phases, each with positions of its own (`conv_transpose_bn_act.py`), and a program belongs to one.
 
-Every tensor is channels-last. What the epilogue sums leaves the kernel per tile; `conv_bn_act_constants.py` combines
-the tiles in a fixed order. Offsets are 64-bit at the start of a row and at most an image's within it.
+Every tensor is channels-last. What the epilogue sums is stored per tile; where the statistics are of this process
+alone, the last program combines the tiles in a fixed order and writes the next operand's constants
+(`conv_bn_act_constants.py`). Offsets are 64-bit at the start of a row and at most an image's within it.
 """
 
 from typing import Any
@@ -18,15 +19,19 @@ import torch
 import triton
 import triton.language as tl
 from fastgan.kernels.bn_act import _preactivation, _through_activation
-from fastgan.kernels.conv_bn_act_constants import block_constants, block_gradient_constants
+from fastgan.kernels.conv_bn_act_arrivals import counters, group_of
+from fastgan.kernels.conv_bn_act_constants import _finish, block_constants, block_gradient_constants, rows_of
 from fastgan.kernels.conv_bn_act_operand import _operand, _pixels, accumulator, kind_of, precision_of
-from fastgan.kernels.conv_bn_act_tiles import tile_of
+from fastgan.kernels.conv_bn_act_tiles import LEAST, depth_of_few, tile_of
 from fastgan.kernels.conv_bn_act_wgrad import weight_gradient
 from fastgan.kernels.conv_transpose_bn_act import _phase_taps, lone_pixel_stride, spacing
 from fastgan.kernels.launch import launch
 from torch import Tensor
 
-__all__ = ["block_constants", "block_gradient_constants", "convolve", "weight_gradient"]
+__all__ = [
+    "block_constants", "block_gradient_constants", "convolve", "convolve_block_constants",
+    "convolve_block_gradient_constants", "weight_gradient",
+]  # fmt: skip
 
 # --- the convolution ------------------------------------------------------------------------------
 
@@ -34,11 +39,12 @@ __all__ = ["block_constants", "block_gradient_constants", "convolve", "weight_gr
 @triton.jit
 def _convolve_kernel(
     y, parts, value, second, constants, weight, bias, out_y, out_constants,
+    made, grads, counts, bn_weight, bn_bias, running_mean, running_var,
     images, height, width, channels, out_height, out_width, out_channels,
-    per_channel, per_row, per_column, per_out_channel,
+    per_channel, per_row, per_column, per_out_channel, eps: tl.float64, momentum: tl.float64, values: tl.float64,
     TO_LARGE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     STEP: tl.constexpr, OPERAND: tl.constexpr, SLOPE: tl.constexpr, EPILOGUE: tl.constexpr, OUT_SLOPE: tl.constexpr,
-    BIAS: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BIAS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(out_channels, BN)
@@ -97,8 +103,10 @@ def _convolve_kernel(
         acc += tl.load(bias + n, real, 0.0).to(ACC)[None, :]
     filled = exists[:, None] & real[None, :]
     at = ((image * out_height + i) * out_width + j)[:, None] * out_channels + n[None, :]
-    part = (tl.program_id(1) * tl.cdiv(tl.num_programs(0), column_tiles) + tile) * out_channels + n
-    every = tl.num_programs(1).to(tl.int64) * tl.cdiv(tl.num_programs(0), column_tiles) * out_channels
+    tiles = tl.num_programs(1) * tl.cdiv(tl.num_programs(0), column_tiles)
+    tile += tl.program_id(1) * tl.cdiv(tl.num_programs(0), column_tiles)
+    part = tile.to(tl.int64) * out_channels + n
+    every = (tiles + tl.cdiv(tiles, GROUP) if GROUP else tiles).to(tl.int64) * out_channels
     if EPILOGUE == "backward" or EPILOGUE == "leaky backward":
         raw = tl.load(out_y + at, filled, 0.0).to(ACC)
         v = raw
@@ -125,6 +133,32 @@ def _convolve_kernel(
         tl.store(parts + every + part, mean, real)
         tl.store(parts + 2 * every + part, tl.sum(deviation * deviation, 0) - count * rest * rest, real)
         tl.store(parts + 3 * every + part, rest, real)
+    if GROUP:
+        _finish(
+            made,
+            grads,
+            parts,
+            counts,
+            bn_weight,
+            bn_bias,
+            running_mean,
+            running_var,
+            out_constants,
+            eps,
+            momentum,
+            values,
+            tile,
+            tiles,
+            tl.program_id(0) % column_tiles,
+            out_channels,
+            n,
+            real,
+            EPILOGUE == "statistics",
+            GROUP,
+            ACC,
+            BN,
+            2048 // BN,
+        )
 
 
 # --- the host's part ------------------------------------------------------------------------------
@@ -135,6 +169,42 @@ def convolve(
     weight: Tensor, bias: Tensor | None, geometry: Any, to_large: bool, size: tuple[int, int],
     statistics: bool, out_y: Tensor | None, out_constants: Tensor | None, out_slope: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    operand = (value, second, constants, slope)
+    return _convolve(operand, weight, bias, geometry, to_large, size, statistics, (out_y, out_constants, out_slope))
+
+
+def convolve_block_constants(
+    value: Tensor, second: Tensor | None, constants: Tensor | None, slope: float,
+    weight: Tensor, bias: Tensor | None, geometry: Any, to_large: bool, size: tuple[int, int],
+    bn_weight: Tensor | None, bn_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    eps: float, momentum: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    made = rows_of(4, weight.shape[1 if to_large else 0], value)
+    norm = (bn_weight, bn_bias, running_mean, running_var, float(eps), float(momentum), 0.0)
+    operand = (value, second, constants, slope)
+    y, _ = _convolve(operand, weight, bias, geometry, to_large, size, True, (None, None, 1.0), (made, None, *norm))
+    return y, made
+
+
+def convolve_block_gradient_constants(
+    value: Tensor, second: Tensor | None, constants: Tensor | None, slope: float,
+    weight: Tensor, geometry: Any, to_large: bool, size: tuple[int, int],
+    out_y: Tensor, out_constants: Tensor, out_slope: float, count: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    made, grads = (rows_of(rows, out_y.shape[1], value) for rows in (4, 2))
+    finish = (made, grads, None, None, None, None, 0.0, 0.0, float(count))
+    operand, out = (value, second, constants, slope), (out_y, out_constants, out_slope)
+    y, _ = _convolve(operand, weight, None, geometry, to_large, size, False, out, finish)
+    return y, made, grads
+
+
+def _convolve(
+    operand: tuple, weight: Tensor, bias: Tensor | None, geometry: Any, to_large: bool, size: tuple[int, int],
+    statistics: bool, out: tuple, finish: tuple | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The convolution and the sums of its tiles; `finish`: what its last program makes of them, and from what."""
+    value, second, constants, slope = operand
+    out_y, out_constants, out_slope = out
     images, channels, height, width = value.shape
     of_channel, of_out = (0, 1) if to_large else (1, 0)
     out_channels = weight.shape[of_out]
@@ -154,23 +224,29 @@ def convolve(
     positions = triton.cdiv(kernel[0], step[0]) * triton.cdiv(kernel[1], step[1])
     tile = tile_of(value, precision, images * pixels, out_channels, positions * channels, phases)
     fold = channels < tile.depth
+    if channels < LEAST:
+        tile = tile._replace(depth=depth_of_few(positions * channels, tile.depth))
     tiles = triton.cdiv(images * pixels, tile.rows)
     shape = (images, out_channels, *size)
     y = torch.empty(shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last)
     rows = {"store": 0, "statistics": 4}.get(epilogue, 2)
-    parts = y.new_empty((rows, phases * tiles, out_channels), dtype=sums)
+    column_tiles, group = triton.cdiv(out_channels, tile.columns), group_of(phases * tiles) if finish else 0
+    groups = triton.cdiv(phases * tiles, group) if finish else 0
+    parts = y.new_empty((rows, phases * tiles + groups, out_channels), dtype=sums)
     if y.numel() == 0:
         return y, parts
+    made, grads, *norm, eps, momentum, values = finish or (None,) * 6 + (0.0,) * 3
+    counts = counters(value, column_tiles * (groups + 1)) if finish else None
     matrix = weight.contiguous(memory_format=torch.channels_last)
     strides = matrix.stride()
     launch(
-        _convolve_kernel, (tiles * triton.cdiv(out_channels, tile.columns), phases), value,
-        y, parts, value, second, constants, matrix, bias, out_y, out_constants,
+        _convolve_kernel, (tiles * column_tiles, phases), value,
+        y, parts, value, second, constants, matrix, bias, out_y, out_constants, made, grads, counts, *norm,
         images, height, width, channels, *size, out_channels,
-        strides[of_channel], strides[2], strides[3], strides[of_out],
+        strides[of_channel], strides[2], strides[3], strides[of_out], eps, momentum, values,
         TO_LARGE=to_large, KERNEL=tuple(kernel), STRIDE=tuple(stride), PADDING=tuple(padding), DILATION=tuple(dilation),
         STEP=step, OPERAND=kind_of(second, constants, slope), SLOPE=float(slope), EPILOGUE=epilogue,
-        OUT_SLOPE=float(out_slope), BIAS=bias is not None, FOLD=fold, PRECISION=precision, ACC=acc,
+        OUT_SLOPE=float(out_slope), BIAS=bias is not None, FOLD=fold, GROUP=group, PRECISION=precision, ACC=acc,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y, parts

@@ -74,5 +74,12 @@ def tile_of(value: Tensor, precision: str, rows: int, columns: int, depth: int, 
     return tile
 
 
+def depth_of_few(depth: int, widest: int) -> int:
+    """The widest step that divides a reduction over a few channels, as far as matrix instructions allow: 3 channels of
+    a 4x4 kernel are three steps of 16, and no padding."""
+    whole = triton.cdiv(depth, LEAST) * LEAST
+    return min(widest, whole & -whole)
+
+
 def _extent(needed: int, widest: int) -> int:
     return min(widest, max(LEAST, triton.next_power_of_2(needed)))

@@ -4,8 +4,8 @@ both operands. The contract stands in `fastgan/ops/conv_bn_act_eager.py`.
 Either convolution joins a large and a small side, and its weight [F, G, R, S] one channel of each: F of the small side
 and G of the large one for a plain convolution, and for a transposed one too. The gradient's rows are the F channels,
 its columns the kernel's positions and G channels folded into one axis, and its reduction runs over the small side's
-pixels. That axis is long and the gradient small, so it is split among programs; a second kernel adds up their partial
-results in a fixed order.
+pixels. That axis is long and the gradient small, so it is split among programs; the last of those that share a tile
+adds up their partial results in a fixed order, and writes the gradient to wherever the weight's layout has it.
 """
 
 from typing import Any
@@ -13,22 +13,42 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from fastgan.kernels.conv_bn_act_arrivals import _comes_last, counters, group_of
 from fastgan.kernels.conv_bn_act_operand import _operand, _pixels, accumulator, kind_of, precision_of
 from fastgan.kernels.conv_bn_act_tiles import multiprocessors, tile_of
 from fastgan.kernels.launch import launch
 from torch import Tensor
 
 MAX_SPLITS = 64
-BLOCK = 1024
+
+
+@triton.jit
+def _add_up(
+    out, per_f, beside, parts, every, start, stop, f, small_channels, column, all_columns,
+    BM: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Of one tile, some rows at a time, the partial results `start` to `stop`, GROUP at most, in order. Unrolled: the
+    loads of all of them are in flight together."""
+    real, number = (column < all_columns)[None, :], tl.full((ROWS, 1), stop - start, tl.int32)
+    for row in range(0, BM, ROWS):
+        rows = f + row + tl.arange(0, ROWS)
+        inside = (rows < small_channels)[:, None] & real
+        part = parts + start * every + rows[:, None] * all_columns + column[None, :]
+        total = tl.zeros((ROWS, BN), ACC)
+        for index in tl.static_range(GROUP):
+            total += tl.load(part + index * every, inside & (index < number), 0.0, cache_modifier=".cg")
+        tl.store(out + (rows * per_f)[:, None] + beside[None, :], total.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    parts, large, large_second, large_constants, small, small_second, small_constants,
-    images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split,
+    gradient, parts, counts, large, large_second, large_constants, small, small_second, small_constants,
+    images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split, splits,
+    per_f, per_tap, per_g,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     LARGE: tl.constexpr, LARGE_SLOPE: tl.constexpr, SMALL: tl.constexpr, SMALL_SLOPE: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     all_columns = KERNEL[0] * KERNEL[1] * large_channels
     column_tiles = tl.cdiv(all_columns, BN)
@@ -58,25 +78,59 @@ def _weight_gradient_kernel(
         c = _operand(c, d, large_constants, g[None, :], real_g, large_channels, inside, LARGE, LARGE_SLOPE, ACC)
         acc = tl.dot(tl.trans(a), c, acc, input_precision=PRECISION, out_dtype=ACC)
 
-    at = (tl.program_id(1).to(tl.int64) * small_channels + f)[:, None] * all_columns + column[None, :]
-    tl.store(parts + at, acc, (f < small_channels)[:, None] & real_g)
-
-
-@triton.jit
-def _sum_kernel(
-    out, parts, splits, size, channels, taps, per_f, per_tap, per_g, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The partial results [splits, F, taps, G], added up in order, to wherever the weight's layout has them."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    total = tl.zeros((BLOCK,), ACC)
-    part = parts + at
-    for _ in range(splits):
-        total += tl.load(part, inside, 0.0)
-        part += size
-    row = at // channels
-    place = row // taps * per_f + row % taps * per_tap + at % channels * per_g
-    tl.store(out + place, total.to(out.dtype.element_ty), inside)
+    inside = (f < small_channels)[:, None] & real_g
+    beside = tap * per_tap + g * per_g
+    if GROUP == 0:  # not split
+        tl.store(gradient + (f * per_f)[:, None] + beside[None, :], acc.to(gradient.dtype.element_ty), inside)
+    else:
+        every = (all_columns * small_channels).to(tl.int64)
+        tl.store(parts + tl.program_id(1) * every + f[:, None] * all_columns + column[None, :], acc, inside)
+        ROWS: tl.constexpr = min(BM, 32)
+        groups = tl.cdiv(splits, GROUP)
+        group = tl.program_id(1) // GROUP
+        start = group * GROUP
+        stop = tl.minimum(start + GROUP, splits)
+        counter = counts + tl.program_id(0) * (groups + 1)
+        first_f = tl.program_id(0) // column_tiles * BM
+        if _comes_last(counter + group, stop - start):
+            combined = parts + (splits + group) * every
+            _add_up(
+                combined,
+                all_columns,
+                column,
+                parts,
+                every,
+                start,
+                stop,
+                first_f,
+                small_channels,
+                column,
+                all_columns,
+                BM,
+                ROWS,
+                BN,
+                GROUP,
+                ACC,
+            )
+            if _comes_last(counter + groups, groups):
+                _add_up(
+                    gradient,
+                    per_f,
+                    beside,
+                    parts,
+                    every,
+                    splits,
+                    splits + groups,
+                    first_f,
+                    small_channels,
+                    column,
+                    all_columns,
+                    BM,
+                    ROWS,
+                    BN,
+                    GROUP,
+                    ACC,
+                )
 
 
 def weight_gradient(
@@ -96,25 +150,26 @@ def weight_gradient(
     tile = tile_of(large, precision, small_channels, columns, pixels, MAX_SPLITS)
     tiles = triton.cdiv(small_channels, tile.rows) * triton.cdiv(columns, tile.columns)
     steps = triton.cdiv(pixels, tile.depth)
-    per_split = triton.cdiv(steps, min(MAX_SPLITS, max(1, 2 * multiprocessors(large) // tiles)))
+    programs = multiprocessors(large) * (8 // tile.warps)  # one wave: two programs of 8 warps lack shared memory
+    per_split = triton.cdiv(steps, min(MAX_SPLITS, max(1, programs // tiles)))
     splits = triton.cdiv(steps, per_split)
-    parts = large.new_empty((splits, small_channels, columns), dtype=sums)
-    launch(
-        _weight_gradient_kernel, (tiles, splits), large,
-        parts, large, large_second, large_constants, small, small_second, small_constants,
-        images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split,
-        KERNEL=kernel, STRIDE=stride, PADDING=padding, DILATION=dilation,
-        LARGE=kind_of(large_second, large_constants, large_slope), LARGE_SLOPE=float(large_slope),
-        SMALL=kind_of(small_second, small_constants, small_slope), SMALL_SLOPE=float(small_slope),
-        PRECISION=precision, ACC=acc, BM=tile.rows, BN=tile.columns, BK=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    group = group_of(splits) if splits > 1 else 0
+    groups = triton.cdiv(splits, group) if group else 0
+    parts = large.new_empty((splits + groups if group else 0, small_channels, columns), dtype=sums)
+    counts = counters(large, tiles * (groups + 1)) if group else None
     if not _dense(gradient):
         gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
     per_f, per_g, _, per_tap = gradient.stride()
     launch(
-        _sum_kernel, (triton.cdiv(gradient.numel(), BLOCK),), large, gradient, parts, splits, gradient.numel(),
-        large_channels, kernel[0] * kernel[1], per_f, per_tap, per_g, ACC=acc, BLOCK=BLOCK, num_warps=4,
+        _weight_gradient_kernel, (tiles, splits), large,
+        gradient, parts, counts, large, large_second, large_constants, small, small_second, small_constants,
+        images, height, width, small_height, small_width, large_channels, small_channels, steps, per_split,
+        splits, per_f, per_tap, per_g,
+        KERNEL=kernel, STRIDE=stride, PADDING=padding, DILATION=dilation,
+        LARGE=kind_of(large_second, large_constants, large_slope), LARGE_SLOPE=float(large_slope),
+        SMALL=kind_of(small_second, small_constants, small_slope), SMALL_SLOPE=float(small_slope),
+        GROUP=group, PRECISION=precision, ACC=acc, BM=tile.rows, BN=tile.columns, BK=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return gradient
 

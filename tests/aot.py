@@ -17,7 +17,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 from aot_convolutions import launches
-from aot_facts import BUDGET
+from aot_facts import BUDGET, ordered_arrivals
 from fastgan.kernels import bn_act, gan_bce, tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -119,6 +119,7 @@ def tensor_core_facts(compiled) -> dict[str, int]:
     return {
         "matrix instructions": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
         "asynchronous copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "ordered arrivals": ordered_arrivals(ptx),
     }
 
 

@@ -13,7 +13,7 @@ from fastgan.ops.conv_bn_act_eager import Geometry
 MODULES = (conv_bn_act, conv_bn_act_wgrad, conv_bn_act_constants)
 HALVES = Geometry((4, 4), (2, 2), (1, 1), (1, 1))
 WHOLE = Geometry((4, 4), (1, 1), (0, 0), (1, 1))
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 
 
 class Launch(NamedTuple):
@@ -52,9 +52,8 @@ def launches(architecture: int) -> dict[str, Launch]:
     precision = torch.backends.cudnn.conv.fp32_precision
     found: dict[str, Launch] = {}
 
-    def note(name: str, *names: str) -> None:
-        for one, launch in zip((name, *names), seen, strict=True):
-            found[one] = launch
+    def note(name: str) -> None:
+        (found[name],) = seen
         seen.clear()
 
     try:
@@ -86,9 +85,16 @@ def _gradient(channels: int, size: int, dtype=torch.float32) -> tuple:
 
 
 def _convolve(operand: tuple, weight: tuple, geometry: Geometry, to_large: bool, size: int, statistics=False, out=None):
+    """A convolution; with `statistics` and with `out`, the operand whose gradient it is, it leaves constants behind."""
     matrix = torch.empty(weight, dtype=operand[0].dtype, device="meta")
-    output = (None, None, 1.0) if out is None else (out[0], out[2], out[3])
-    return conv_bn_act.convolve(*operand, matrix, None, geometry, to_large, (size, size), statistics, *output)
+    where = (geometry, to_large, (size, size))
+    if out is not None:
+        y, _, constants, slope = out
+        return conv_bn_act.convolve_block_gradient_constants(*operand, matrix, *where, y, constants, slope, 1024)
+    if not statistics:
+        return conv_bn_act.convolve(*operand, matrix, None, *where, False, None, None, 1.0)
+    norm = (torch.empty(weight[1 if to_large else 0], device="meta"),) * 4
+    return conv_bn_act.convolve_block_constants(*operand, matrix, None, *where, *norm, 1e-5, 0.1)
 
 
 def _middle_layers(note) -> None:
@@ -104,7 +110,7 @@ def _middle_layers(note) -> None:
     _convolve(_gradient(64, 32, bf16), weight, HALVES, False, 16, out=small)
     note("conv_transpose_dgrad bf16")
     _weight_gradient(large, _gradient(128, 16, bf16))
-    note("conv_wgrad bf16", "conv_wgrad second stage")
+    note("conv_wgrad bf16")
 
 
 def _other_dtypes(note) -> None:
@@ -114,7 +120,7 @@ def _other_dtypes(note) -> None:
         _convolve(_activation(64, 32, dtype), (128, 64, 4, 4), HALVES, False, 16, statistics=True)
         note(f"conv_fwd {name}")
     _weight_gradient(_activation(64, 32), _gradient(128, 16))
-    note("conv_wgrad tf32", "conv_wgrad second stage")
+    note("conv_wgrad tf32")
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     _convolve(_activation(64, 32), (128, 64, 4, 4), HALVES, False, 16, statistics=True)
     note("conv_fwd fp32")
@@ -134,13 +140,13 @@ def _ends(note) -> None:
     _convolve(_activation(64, 32, bf16), (64, 3, 4, 4), HALVES, True, 64)
     note("conv_transpose_fwd to 3 channels bf16")
     _weight_gradient(image, _gradient(64, 32, bf16))
-    note("conv_wgrad of 3 channels bf16", "conv_wgrad of 3 channels second stage")
+    note("conv_wgrad of 3 channels bf16")
     _convolve((_tensor(100, 1, bf16), None, None, 1.0), (100, 512, 4, 4), WHOLE, True, 4, statistics=True)
     note("conv_transpose_fwd of one pixel bf16")
-    y, parts = _convolve(_activation(256, 8, bf16), (512, 256, 4, 4), HALVES, False, 4, statistics=True)
+    _convolve(_activation(256, 8, bf16), (512, 256, 4, 4), HALVES, False, 4, statistics=True)
     note("conv_fwd of a deep layer bf16")
-    gamma = torch.empty(512, device="meta")
-    by = conv_bn_act.block_constants(y, parts, gamma, gamma, gamma, gamma, 1e-5, 0.1)
+    parts, gamma = torch.empty(4, 128, 512, device="meta"), torch.empty(512, device="meta")
+    by = conv_bn_act.block_constants(_tensor(512, 4, bf16), parts, gamma, gamma, gamma, gamma, 1e-5, 0.1)
     note("block_constants")
     conv_bn_act.block_gradient_constants(parts[:2], by, 1024)
     note("block_gradient_constants")

@@ -79,6 +79,19 @@ def convolve_arguments(case: Case, seed: int = 0) -> tuple:
     )  # fmt: skip
 
 
+def finished(case: Case, arguments: tuple) -> tuple[str, tuple] | None:
+    """The convolution that makes constants of its sums, with the arguments of `convolve`; None: it has no sums."""
+    channels = arguments[4].shape[1 if case.to_large else 0]
+    draw = _draw(7, torch.float64 if case.dtype == torch.float64 else torch.float32)
+    if case.epilogue == "statistics":
+        norm = (draw(channels), draw(channels), draw(channels), draw(channels).abs(), 1e-5, 0.3)
+        return "convolve_block_constants", (*arguments[:9], *norm)
+    if case.epilogue == "backward":
+        count = 0 if case.bias else arguments[10].numel() // channels
+        return "convolve_block_gradient_constants", (*arguments[:5], *arguments[6:9], *arguments[10:], count)
+    return None
+
+
 def weight_gradient_arguments(case: Case, seed: int = 0) -> tuple:
     """`case.operand` on the side that the forward reads, a gradient on the other, as in a block's backward."""
     large = (case.image[0], case.large_channels, *case.image[1:])
@@ -103,13 +116,13 @@ def _operand(case: Case, shape: tuple, seed: int, kind: str) -> tuple:
 
 def verdict(module, name: str, several: list[tuple]) -> str | None:
     """Why the kernel of `module` misses, or None; over several arguments together, as a few channels may be lucky."""
-    same, eager = backends._comparable["conv_bn_act"], backends.kernel("eager", name)
+    outcome, eager = backends._outcome, backends.kernel("eager", name)
     outcomes = []
     for args in several:
-        wide = [a.double() if isinstance(a, Tensor) else a for a in args]
-        outcomes.append([same(name, f(*a)) for f, a in ((getattr(module, name), args), (eager, args), (eager, wide))])
+        wide = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+        runs = ((getattr(module, name), args), (eager, args), (eager, wide))
+        outcomes.append([outcome(function, name, given) for function, given in runs])
     joined = []
     for runs in zip(*outcomes, strict=True):
-        runs = [run if isinstance(run, tuple) else (run,) for run in runs]
         joined.append(tuple(torch.cat([t.flatten() for t in column]) for column in zip(*runs, strict=True)))
     return misses(*joined)

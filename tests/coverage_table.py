@@ -96,7 +96,9 @@ def convolution_rows(compiled: set[str], row) -> list[str]:
 
     traced = _parameters(test_traces.test_each_backward_operation_on_fake_cuda)["dtype"]
     built = {
-        "convolve": "conv_fwd", "weight_gradient": "conv_wgrad", "block_constants": "block_constants",
+        "convolve": "conv_fwd", "convolve_block_constants": "conv_fwd",
+        "convolve_block_gradient_constants": "conv_dgrad", "weight_gradient": "conv_wgrad",
+        "block_constants": "block_constants",
         "block_gradient_constants": "block_gradient_constants",
     }  # fmt: skip
     lines = []

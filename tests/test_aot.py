@@ -45,6 +45,41 @@ def test_convolutions_multiply_on_tensor_cores_and_load_asynchronously(found):
             assert facts["asynchronous copies"] > 0 or "of 3 channels" in name, name
 
 
+def test_the_last_program_sees_what_the_others_stored(found):
+    """Twice, by groups and over the groups; none where nothing is combined."""
+    for name, facts in found.items():
+        if "conv_" in name:
+            alone = name.endswith(("conv_fwd of 3 channels bf16", "conv_transpose_fwd to 3 channels bf16"))
+            assert facts["ordered arrivals"] == (0 if alone else 2), name
+
+
+IN_ORDER = """
+    st.global.b32 [ %rd1 + 0 ], { %r1 };
+    bar.sync 0;
+    @%p1 atom.global.gpu.acq_rel.add.u32 %r2, [ %rd2 + 0 ], %r3;
+    bar.sync 0;
+    @%p2 st.global.b32 [ %rd2 + 0 ], { %r4 };
+    @%p3 ld.global.cg.b32 %r5, [ %rd1 + 0 ];
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("", ""),
+        ("%r1 };\n    bar.sync 0;", "%r1 };"),
+        ("%r3;\n    bar.sync 0;", "%r3;"),
+        ("acq_rel", "relaxed"),
+        (".gpu", ".cta"),
+        ("ld.global.cg", "ld.global"),
+    ],
+    ids=["in order", "no barrier before", "no barrier after", "relaxed", "one block", "cached"],
+)
+def test_an_order_that_is_not_enough_is_noticed(right, wrong):
+    assert right in IN_ORDER
+    assert aot_facts.ordered_arrivals(IN_ORDER.replace(right, wrong) if right else IN_ORDER) == (-1 if right else 1)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

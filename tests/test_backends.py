@@ -48,7 +48,7 @@ def ran():
 def test_eager_is_the_default_on_cpu_until_something_is_measured_faster():
     bn_act(X.cpu(), None, None, training=True)
     assert ran() == {"eager"}
-    assert backends.choose("bn_act", X.cpu()).backend == "eager"
+    assert backends.choose("bn_act", X.cpu()).decision.backend == "eager"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
@@ -57,7 +57,7 @@ def test_the_committed_table_decides_on_cpu(monkeypatch):
     run()
     assert ran() == {"triton"}
     for other in (X[:3], X.double(), X.to(memory_format=torch.channels_last), torch.randn(4, 3, 5, 6)):
-        assert backends.choose("bn_act", other).backend == "eager"
+        assert backends.choose("bn_act", other).decision.backend == "eager"
     assert "2.00 times" in str(fastgan.explain("bn_act", X)[0])
     assert "from batch 4 on" in str(fastgan.explain("bn_act", X[:3])[0])
 

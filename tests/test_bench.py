@@ -47,7 +47,7 @@ def row(speed: float, noise: float = 0.0, kept: int = 100) -> dict:
 
 def test_quick_run_writes_complete_data_and_a_picture_of_it(tiny_cases, tmp_path, capsys):
     file, picture = tmp_path / "new.json", tmp_path / "new.png"
-    arguments = ["--quick", "--options", "--rounds", "6", "--json", str(file), "--plot", str(picture)]
+    arguments = ["--quick", "--options", "--profile", "--rounds", "6", "--json", str(file), "--plot", str(picture)]
     assert command.main(arguments) == 0
     data, said = results.read(file), capsys.readouterr().out
     assert data["environment"]["versions"]["torch"] == torch.__version__
@@ -57,6 +57,10 @@ def test_quick_run_writes_complete_data_and_a_picture_of_it(tiny_cases, tmp_path
         assert measured["seconds"].keys() == providers(CPU, options=True).keys() - {"compiled"}
         assert all(len(times) == 6 and min(times) > 0 for times in measured["seconds"].values())
         assert measured["case"] in said
+        shares = [taken["share"] for taken in measured["profile"]]
+        assert shares[:-1] == sorted(shares[:-1], reverse=True)
+        assert 0.5 < sum(shares) <= 1.001
+        assert "fastgan_cpu::convolve" in {taken["name"] for taken in measured["profile"]}
     assert "times stock" in said
     assert "floor" in said
     assert plot.drawn_from(picture) == plot.digest(data["rows"])

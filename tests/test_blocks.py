@@ -157,7 +157,7 @@ def test_a_step_on_triton_calls_none_of_them():
     assert watch.calls["batch_norm"] == watch.calls["activation"] == watch.calls["loss"] == watch.calls["backward"] == 0
     ran = backends.counts()
     assert {backend for backend, _ in ran} == {"triton"}
-    assert ran["triton", "block_constants"] == 5
+    assert ran["triton", "convolve_block_constants"] == 5
     assert ran["triton", "gan_bce"] == 2
     outcomes = [torch.stack(list(metrics.values()))]
     for dtype in (torch.float32, torch.float64):

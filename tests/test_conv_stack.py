@@ -336,3 +336,18 @@ def test_batches_of_different_sizes_are_refused():
     with use_backend("eager"), as_batches(stack, 2), pytest.raises(ValueError, match="2 batches of one size"):
         stack(torch.randn(3, 3, 8, 8))
     assert stack.batches == 1
+
+
+@pytest.mark.parametrize(("batch", "runs"), [(3, 0), (4, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_pixels_under_a_large_weight_are_the_librarys(batch, runs, transposed):
+    torch.manual_seed(0)
+    make, channels = (nn.ConvTranspose2d, (128, 64)) if transposed else (nn.Conv2d, (64, 128))
+    block = make(*channels, 4, 2, 1, bias=False)
+    input = torch.randn(batch, block.in_channels, *((4, 4) if transposed else (8, 8)))
+    stack = ConvStack(block, nn.LeakyReLU(0.2))
+    reset_counts()
+    got = stack(input)
+    own, truth = nn.functional.leaky_relu(block(input), 0.2), copy.deepcopy(block).double()(input.double())
+    assert_as_right_as_torch(got, own, nn.functional.leaky_relu(truth, 0.2))
+    assert counts().get(("cpu", "convolve"), 0) == runs

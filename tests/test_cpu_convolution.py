@@ -19,6 +19,8 @@ SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd
     (1, 100, 64, 4, 4, True),
     (2, 64, 128, 6, 9, True),
     (2, 128, 130, 2, 4, False),
+    (9, 17, 130, 3, 6, True),  # batches large enough for each thread to take images on its own
+    (9, 24, 20, 4, 5, False),
 ]
 
 
@@ -161,6 +163,7 @@ def test_statistics_are_those_of_the_stored_output(to_large, offset):
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():
+    """Nor on whether a thread takes images on its own, as one alone does with 5, or all share each product."""
     large, small, weight = sides(5, 64, 130, 8, 8, False)
     constants = activation_constants(64, torch.float32)
     results = []
@@ -171,7 +174,9 @@ def test_bits_do_not_depend_on_the_number_of_threads():
             weights = torch.ops.fastgan_cpu.weight_gradient(
                 large, None, constants, 0.2, small, None, None, 1.0, False, AUTOMATIC
             )
-            results.append((*convolve([large, None, constants, 0.2], weight, False, (8, 8), statistics=True), weights))
+            up = convolve([small], weight, True, (16, 16), statistics=True)
+            down = convolve([large, None, constants, 0.2], weight, False, (8, 8), statistics=True)
+            results.append((*down, *up, weights))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

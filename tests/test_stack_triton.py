@@ -45,18 +45,19 @@ def test_dcgan_is_as_right_as_eager(network, dtype):
     input = torch.randn((8, 20) if network == "generator" else (8, 3, 16, 16)).to(DEVICE, dtype)
     truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
     own, got = outcome(made, input, "eager"), outcome(made, input, "triton")
-    # A whole network multiplies the errors of its layers: four times the rule's factor, here on every gradient too.
+    # The rule as it is, on every gradient too: of two seeds the largest ratio to eager's own error was 1.69.
     for index, triple in enumerate(zip(got, own, truth, strict=True)):
         if triple[0].is_floating_point():
-            assert_as_right_as_torch(*triple, f"tensor {index}", factor=8.0)
+            assert_as_right_as_torch(*triple, f"tensor {index}")
 
 
 @pytest.mark.parametrize("name", ["down", "up"])
 def test_gradcheck_and_gradgradcheck_run_through_the_kernels(name):
     torch.manual_seed(4)
-    layers = modules(2, 3, 2) if name == "down" else list(small_networks()["up"])[3:7]
+    up = [nn.ConvTranspose2d(3, 2, 4, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.ConvTranspose2d(2, 1, 4, 2, 1)]
+    layers = modules(2, 3, 2) if name == "down" else up
     stack = ConvStack(*layers).double().to(DEVICE)
-    input = torch.randn((2, 2, 8, 8) if name == "down" else (2, 17, 2, 2), dtype=torch.float64, device=DEVICE)
+    input = torch.randn((2, 2, 8, 8) if name == "down" else (2, 3, 2, 2), dtype=torch.float64, device=DEVICE)
     parameters = list(stack.parameters())
 
     def run(input, *_):
@@ -136,7 +137,7 @@ def test_groups_break_the_unit_and_explain_says_so():
 
 
 def test_kernels_of_a_step_by_name_and_number():
-    """No kernel that only moves activations: convolutions, and one O(C) kernel for each BatchNorm and direction."""
+    """Nothing but convolutions: D's two BatchNorms are constants that these leave behind, in either direction."""
     discriminator = Discriminator(32, 1, 4).to(DEVICE)
     images = torch.randn(4, 1, 32, 32, device=DEVICE)
     reset_counts()
@@ -144,8 +145,17 @@ def test_kernels_of_a_step_by_name_and_number():
         discriminator(images).sum().backward()
     ran = Counter({name: times for (_, name), times in counts().items()})
     assert ran == {
-        "convolve": 4 + 3, "weight_gradient": 4, "block_constants": 2, "block_gradient_constants": 2,
+        "convolve": 2 + 1, "convolve_block_constants": 2, "convolve_block_gradient_constants": 2, "weight_gradient": 4,
     }  # fmt: skip
+
+
+def test_in_eval_batch_norm_is_folded_into_the_convolutions():
+    """Each reads the output before it through its BatchNorm and activation; what is left is O(C) work."""
+    discriminator, images = Discriminator(32, 1, 4).to(DEVICE).eval(), torch.randn(4, 1, 32, 32, device=DEVICE)
+    reset_counts()
+    with use_backend("triton"), torch.no_grad():
+        discriminator(images)
+    assert counts() == {("triton", "convolve"): 4, ("triton", "block_constants"): 2}
 
 
 def test_one_tensor_is_kept_for_each_block():
@@ -217,12 +227,14 @@ def test_right_kernels_are_trusted(compared):
         with use_backend("triton"):
             network(images.requires_grad_()).sum().backward()
     assert {name for _, name, *_ in backends._verdicts} >= {
-        "convolve", "weight_gradient", "block_constants", "block_gradient_constants",
+        "convolve", "weight_gradient", "convolve_block_constants", "convolve_block_gradient_constants",
     }  # fmt: skip
     assert not any(backends._verdicts.values())
 
 
-@pytest.mark.parametrize("name", ["convolve", "weight_gradient", "block_constants", "block_gradient_constants"])
+@pytest.mark.parametrize(
+    "name", ["convolve", "weight_gradient", "convolve_block_constants", "convolve_block_gradient_constants"]
+)
 def test_a_wrong_kernel_is_disabled_by_name_and_training_goes_on(name, compared, monkeypatch):
     right = getattr(kernels, name)
 
@@ -256,6 +268,6 @@ def test_fp32_follows_the_switch_for_convolutions(precision):
         network, images = Discriminator(32, 3, 32).cuda(), torch.randn(8, 3, 32, 32, device="cuda")
         truth = outcome(copy.deepcopy(network).double(), images.double(), "eager")
         own, got = outcome(network, images, "eager"), outcome(network, images, "triton")
-        assert_as_right_as_torch(got[0], own[0], truth[0], factor=8.0)
+        assert_as_right_as_torch(got[0], own[0], truth[0])
     finally:
         torch.backends.cudnn.conv.fp32_precision = before

@@ -82,7 +82,7 @@ def test_the_public_operations_take_triton_on_fake_cuda_and_match_their_implemen
     assert up.shape == (4, 8, 32, 32)
     loss, *_ = ops.gan_bce(torch.empty(4), torch.empty(4))
     assert (loss.shape, loss.device.type) == ((), "cuda")
-    assert backends.choose("bn_act", x).backend == "triton"
+    assert backends.choose("bn_act", x).decision.backend == "triton"
 
 
 def test_a_planted_item_is_caught_on_fake_cuda(launches, monkeypatch):
@@ -104,7 +104,7 @@ CONVOLVE = "_convolve_kernel"
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_both_networks_on_fake_cuda_are_convolutions_and_constants(launches, network, dtype):
+def test_both_networks_on_fake_cuda_are_nothing_but_convolutions(launches, network, dtype):
     made = network_of(network, dtype)
     input = torch.empty((4, 16) if network == "generator" else (4, 3, 32, 32), dtype=dtype)
     with torch.no_grad():
@@ -113,9 +113,8 @@ def test_both_networks_on_fake_cuda_are_convolutions_and_constants(launches, net
         launches.clear()
         with fastgan.use_backend("triton"):
             output = made(input)
-    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in made.modules())
     assert (output.device.type, output.dtype) == ("cuda", dtype)
-    assert Counter(launches) == {CONVOLVE: 4, "_forward_kernel": norms}
+    assert Counter(launches) == {CONVOLVE: 4}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -133,8 +132,7 @@ def test_each_backward_operation_on_fake_cuda(launches, network, dtype):
         output = unit._Blocks.forward(context, run, input, *parameters)
         launches.clear()
         _, *grads = unit._Blocks._backward(context, torch.empty_like(output))
-    norms = sum(block.norm is not None for block in blocks)
-    assert Counter(launches) == {CONVOLVE: 4, "_weight_gradient_kernel": 4, "_sum_kernel": 4, "_backward_kernel": norms}
+    assert Counter(launches) == {CONVOLVE: 4, "_weight_gradient_kernel": 4}
     for grad, tensor in zip(grads, (input, *parameters), strict=True):
         assert (grad is None) == (tensor is None)
         if tensor is not None:

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from fastgan.devices import choose_device, choose_precision
 from fastgan.errors import FastganError, Interrupted
 from fastgan.train import TrainConfig, Trainer, preset
 from fastgan.train.__main__ import main
 from fastgan.train.config import PRESETS, parse
 from fastgan.train.log import read_log
-from fastgan.train.loop import Diverged, choose_device, choose_precision
+from fastgan.train.loop import Diverged
 from fastgan.train.progress import Progress, duration
 
 

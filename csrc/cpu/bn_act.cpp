@@ -1,8 +1,10 @@
 #include "cpu/bn_act.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/operators.h"
+#include "cpu/per_channel.h"
 #include "cpu/tensors.h"
 
 namespace fastgan::cpu {
@@ -38,40 +40,32 @@ void add_gradient(const char* op, BnAct& p, const Tensor& dz, const Tensor& y) {
   p.dz = dz.const_data_ptr();
 }
 
-struct PerChannel {
-  Tensor mean, invstd, weight, bias;
-  double slope;
-};
-
-// The rows that run_bn_act reads, in the statistics' type; `sums` and count > 0 add the three of backward.
-template <class T>
-Tensor constants_of(const char* op, const Tensor& y, const PerChannel& c, const Tensor* grad_weight, const Tensor* grad_bias,
-                    int64_t count) {
-  int64_t C = y.size(1);
-  const char* names[] = {"mean", "invstd", "weight", "bias", "grad_weight", "grad_bias"};
-  const Tensor* tensors[] = {&c.mean, &c.invstd, &c.weight, &c.bias, grad_weight, grad_bias};
-  const T* data[6] = {};
-  for (int i = 0; i < 6; i++) {
-    if (tensors[i] == nullptr) continue;
-    check(op, names[i], *tensors[i], {C}, false, stat_type(y));
-    data[i] = static_cast<const T*>(tensors[i]->const_data_ptr());
-  }
-  auto [mean, invstd, weight, bias, weight_sum, bias_sum] = data;
-  Tensor rows = torch::stable::new_empty(c.mean, {6, C});
-  T* out = static_cast<T*>(rows.mutable_data_ptr());
-  for (int64_t i = 0; i < C; i++) {
-    T scale = weight[i] * invstd[i];
-    out[i] = mean[i], out[C + i] = scale, out[2 * C + i] = bias[i], out[3 * C + i] = scale;
-    out[4 * C + i] = count ? -scale * invstd[i] * weight_sum[i] / static_cast<T>(count) : T(0);
-    out[5 * C + i] = count ? -scale * bias_sum[i] / static_cast<T>(count) : T(0);
-  }
-  return rows;
+// Calls f with a number of the type that y's statistics have.
+template <class F>
+auto with_stat_type(const Tensor& y, const F& f) {
+  return stat_type(y) == ScalarType::Double ? f(double()) : f(float());
 }
 
-Tensor constants(const char* op, const Tensor& y, const PerChannel& c, const Tensor* grad_weight = nullptr,
-                 const Tensor* grad_bias = nullptr, int64_t count = 0) {
-  return stat_type(y) == ScalarType::Double ? constants_of<double>(op, y, c, grad_weight, grad_bias, count)
-                                            : constants_of<float>(op, y, c, grad_weight, grad_bias, count);
+struct Constants {
+  PerChannel mean, invstd, weight, bias, grad_weight{0.0}, grad_bias{0.0};
+  int64_t count = 0;  // > 0 makes the three rows of backward, too
+};
+
+// Runs a step with the rows that it reads.
+void run_with(BnAct& p, const Tensor& y, const Constants& by) {
+  with_stat_type(y, [&]<class T>(T) {
+    std::vector<T> rows(6 * p.C);
+    T* out = rows.data();
+    for (int64_t c = 0; c < p.C; c++, out++) {
+      T invstd = static_cast<T>(by.invstd[c]), scale = static_cast<T>(by.weight[c]) * invstd, n = static_cast<T>(by.count);
+      out[0] = static_cast<T>(by.mean[c]), out[p.C] = scale, out[2 * p.C] = static_cast<T>(by.bias[c]), out[3 * p.C] = scale;
+      if (by.count == 0) continue;
+      out[4 * p.C] = -scale * invstd * static_cast<T>(by.grad_weight[c]) / n;
+      out[5 * p.C] = -scale * static_cast<T>(by.grad_bias[c]) / n;
+    }
+    p.constants = rows.data();
+    FASTGAN_PROVED(run_bn_act(p));
+  });
 }
 
 std::tuple<Tensor, Tensor> rows_of(const Tensor& pair) {
@@ -89,44 +83,130 @@ std::tuple<Tensor, Tensor> bn_stats(Tensor y) {
 }
 
 Tensor bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, double slope) {
-  BnAct p = problem("bn_act", BnActStep::apply, y);
-  Tensor rows = constants("bn_act", y, {mean, invstd, weight, bias, slope}), z = torch::stable::empty_like(y);
-  p.constants = rows.const_data_ptr(), p.slope = slope, p.out = z.mutable_data_ptr();
-  FASTGAN_PROVED(run_bn_act(p));
+  const char* op = "bn_act";
+  BnAct p = problem(op, BnActStep::apply, y);
+  Tensor z = torch::stable::empty_like(y);
+  p.slope = slope, p.out = z.mutable_data_ptr();
+  run_with(p, y, {{op, "mean", mean, y}, {op, "invstd", invstd, y}, {op, "weight", weight, y}, {op, "bias", bias, y}});
   return z;
 }
 
 std::tuple<Tensor, Tensor> bn_act_reduce(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias,
                                          double slope) {
-  BnAct p = problem("bn_act_reduce", BnActStep::reduce, y);
-  add_gradient("bn_act_reduce", p, dz, y);
-  Tensor rows = constants("bn_act_reduce", y, {mean, invstd, weight, bias, slope});
-  Tensor out = torch::stable::new_empty(mean, {2, p.C});
-  p.constants = rows.const_data_ptr(), p.slope = slope, p.out = out.mutable_data_ptr();
-  FASTGAN_PROVED(run_bn_act(p));
-  auto [grad_bias, deviations] = rows_of(out);
-  auto scale = [C = p.C](auto* sum, const auto* invstd) {
-    for (int64_t i = 0; i < C; i++) sum[i] *= invstd[i];
-  };
-  if (stat_type(y) == ScalarType::Double) {
-    scale(static_cast<double*>(deviations.mutable_data_ptr()), static_cast<const double*>(invstd.const_data_ptr()));
-  } else {
-    scale(static_cast<float*>(deviations.mutable_data_ptr()), static_cast<const float*>(invstd.const_data_ptr()));
-  }
-  return {deviations, grad_bias};
+  const char* op = "bn_act_reduce";
+  BnAct p = problem(op, BnActStep::reduce, y);
+  add_gradient(op, p, dz, y);
+  Tensor out = torch::stable::new_empty(y, {2, p.C}, stat_type(y));
+  p.slope = slope, p.out = out.mutable_data_ptr();
+  PerChannel inverse(op, "invstd", invstd, y);
+  run_with(p, y, {{op, "mean", mean, y}, inverse, {op, "weight", weight, y}, {op, "bias", bias, y}});
+  with_stat_type(y, [&]<class T>(T) {
+    for (int64_t c = 0; c < p.C; c++) static_cast<T*>(p.out)[p.C + c] *= static_cast<T>(inverse[c]);
+  });
+  auto [grad_bias, grad_weight] = rows_of(out);
+  return {grad_weight, grad_bias};
 }
 
 Tensor bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, double slope,
                        std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias, int64_t count) {
-  BnAct p = problem("bn_act_backward", BnActStep::backward, y);
-  add_gradient("bn_act_backward", p, dz, y);
-  STD_TORCH_CHECK(count == 0 || (grad_weight && grad_bias), "bn_act_backward: count > 0 needs grad_weight and grad_bias");
-  Tensor rows = constants("bn_act_backward", y, {mean, invstd, weight, bias, slope}, grad_weight ? &*grad_weight : nullptr,
-                          grad_bias ? &*grad_bias : nullptr, count);
+  const char* op = "bn_act_backward";
+  BnAct p = problem(op, BnActStep::backward, y);
+  add_gradient(op, p, dz, y);
+  STD_TORCH_CHECK(count == 0 || (grad_weight && grad_bias), op, ": count > 0 needs grad_weight and grad_bias");
   Tensor dy = torch::stable::empty_like(y);
-  p.constants = rows.const_data_ptr(), p.slope = slope, p.out = dy.mutable_data_ptr();
-  FASTGAN_PROVED(run_bn_act(p));
+  p.slope = slope, p.out = dy.mutable_data_ptr();
+  run_with(p, y, {{op, "mean", mean, y}, {op, "invstd", invstd, y}, {op, "weight", weight, y}, {op, "bias", bias, y},
+                  {op, "grad_weight", grad_weight, y}, {op, "grad_bias", grad_bias, y}, count});
   return dy;
+}
+
+// Forward and backward in one call each: on small tensors calls cost more than passes. Both make their constants of the
+// same stored mean and variance, so that they agree on the sign of every activation.
+namespace {
+
+// 1/std of each channel; 1 where there is no variance.
+template <class T>
+std::vector<double> inverse_deviations(const PerChannel& var, int64_t C, double eps) {
+  std::vector<double> out(C, 1.0);
+  for (int64_t c = 0; var && c < C; c++) out[c] = static_cast<T>(1 / std::sqrt(var[c] + eps));
+  return out;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_train(Tensor y, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                                std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+                                                double momentum, double eps, double slope) {
+  const char* op = "bn_act_train";
+  BnAct p = problem(op, BnActStep::statistics, y);
+  PerChannel gamma(op, "weight", weight, y, 1), beta(op, "bias", bias, y), moving_mean(op, "running_mean", running_mean, y),
+      moving_var(op, "running_var", running_var, y);
+  STD_TORCH_CHECK(bool(moving_mean) == bool(moving_var), op, ": running_mean and running_var come together");
+  double count = static_cast<double>(y.numel() / p.C);
+  STD_TORCH_CHECK(count > 1 || !moving_mean, op, ": the running variance needs more than 1 value per channel");
+  Tensor mean = torch::stable::new_empty(y, {p.C}, stat_type(y)), var = torch::stable::empty_like(mean);
+  Tensor z = torch::stable::empty_like(y);
+  with_stat_type(y, [&]<class T>(T) {
+    std::vector<T> sums(2 * p.C);
+    p.out = sums.data();
+    FASTGAN_PROVED(run_bn_act(p));
+    for (int64_t c = 0; c < p.C; c++) {
+      static_cast<T*>(mean.mutable_data_ptr())[c] = sums[c];
+      static_cast<T*>(var.mutable_data_ptr())[c] = static_cast<T>(sums[p.C + c] / count);
+      if (!moving_mean) continue;
+      moving_mean.set(c, (1 - momentum) * moving_mean[c] + momentum * sums[c]);
+      moving_var.set(c, (1 - momentum) * moving_var[c] + momentum * sums[p.C + c] / (count - 1));
+    }
+    std::vector<double> invstd = inverse_deviations<T>(PerChannel(op, "var", var, y), p.C, eps);
+    p.step = BnActStep::apply, p.slope = slope, p.out = z.mutable_data_ptr();
+    run_with(p, y, {{op, "mean", mean, y}, PerChannel(invstd), gamma, beta});
+  });
+  return {z, mean, var};
+}
+
+Tensor bn_act_eval(Tensor y, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> mean,
+                   std::optional<Tensor> var, double eps, double slope) {
+  const char* op = "bn_act_eval";
+  BnAct p = problem(op, BnActStep::apply, y);
+  Tensor z = torch::stable::empty_like(y);
+  p.slope = slope, p.out = z.mutable_data_ptr();
+  std::vector<double> invstd = with_stat_type(
+      y, [&]<class T>(T) { return inverse_deviations<T>(PerChannel(op, "var", var, y), p.C, eps); });
+  run_with(p, y, {{op, "mean", mean, y}, PerChannel(invstd), {op, "weight", weight, y, 1}, {op, "bias", bias, y}});
+  return z;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_grad(Tensor dz, Tensor y, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                               std::optional<Tensor> mean, std::optional<Tensor> var, double eps, double slope,
+                                               bool training, bool needs_input, bool needs_affine) {
+  const char* op = "bn_act_grad";
+  BnAct p = problem(op, BnActStep::reduce, y);
+  add_gradient(op, p, dz, y);
+  Tensor dy = needs_input ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
+  auto gradient_of = [&](const std::optional<Tensor>& t) {
+    return t && needs_affine ? torch::stable::new_empty(*t, {p.C}) : torch::stable::new_empty(y, {0});
+  };
+  Tensor grad_weight = gradient_of(weight), grad_bias = gradient_of(bias);
+  with_stat_type(y, [&]<class T>(T) {
+    std::vector<double> invstd = inverse_deviations<T>(PerChannel(op, "var", var, y), p.C, eps), first(p.C), second(p.C);
+    Constants by{{op, "mean", mean, y}, PerChannel(invstd), {op, "weight", weight, y, 1}, {op, "bias", bias, y},
+                 PerChannel(first), PerChannel(second), training ? y.numel() / p.C : 0};
+    p.slope = slope;
+    if (training || needs_affine) {
+      std::vector<T> sums(2 * p.C);
+      p.out = sums.data();
+      run_with(p, y, by);
+      for (int64_t c = 0; c < p.C; c++) first[c] = static_cast<T>(invstd[c] * sums[p.C + c]), second[c] = sums[c];
+    }
+    for (auto [gradient, parameter, values] : {std::tuple(grad_weight, weight, by.grad_weight), std::tuple(grad_bias, bias, by.grad_bias)}) {
+      PerChannel out(op, "gradient", parameter && needs_affine ? std::optional(gradient) : std::nullopt, y);
+      for (int64_t c = 0; out && c < p.C; c++) out.set(c, values[c]);
+    }
+    if (!needs_input) return;
+    p.step = BnActStep::backward, p.out = dy.mutable_data_ptr();
+    run_with(p, y, by);
+  });
+  return {dy, grad_weight, grad_bias};
 }
 
 // The same passes for a block that has its constants already (block_constants.cpp).

@@ -1,4 +1,4 @@
-// bn_act's four passes: one read (two for gradients) and at most one write per element, in blocks of fixed size, so that
+// bn_act's four passes: one read (two for gradients) and at most one write per element, in tasks of fixed size, so that
 // sums are the same for any number of threads.
 #if !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it
 #include "cpu/bn_act.h"
@@ -15,10 +15,10 @@ struct bfloat16 {
 
 // Storage to compute type and back, in place where they are the same.
 template <class T>
-const T* widened(const T* in, int64_t, Scratch) {
+const T* converted(const T* in, int64_t, Scratch) {
   return in;
 }
-const float* widened(const bfloat16* in, int64_t n, Scratch use) {
+const float* converted(const bfloat16* in, int64_t n, Scratch use) {
   float* out = scratch<float>(use, n);
   for (int64_t i = 0; i < n; i++) {
     uint32_t bits = static_cast<uint32_t>(in[i].bits) << 16;
@@ -43,23 +43,32 @@ void narrow(const float* in, bfloat16* out, int64_t n) {
   }
 }
 
-// A sum that keeps what rounding takes from it (Knuth's two-sum): PyTorch adds a channel's values in double, and a plain
-// sum of fp32 is some times as wrong.
+// Sums are kept in double, as PyTorch keeps them: a plain sum of fp32 is some times as wrong.
 template <class T>
-struct Sum {
-  Vec<T> value{}, lost{};
+struct Wide {
+  static constexpr int parts = sizeof(double) / sizeof(T);
+  Vec<double> part[parts];
+};
 
-  FASTGAN_INLINE void add(Vec<T> x) {
-    Vec<T> sum = value + x, part = sum - value;
-    lost += (value - (sum - part)) + (x - part);
-    value = sum;
+FASTGAN_INLINE Wide<double> widened(Vec<double> x) { return {{x}}; }
+FASTGAN_INLINE Wide<float> widened(Vec<float> x) {
+#if defined(__AVX2__)  // spelt out: compilers take the halves through memory
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))}};
+#else
+  return {{Vec<double>{x[0], x[1], x[2], x[3]}, Vec<double>{x[4], x[5], x[6], x[7]}}};
+#endif
+}
+
+template <class T>
+struct TwoSums {
+  Wide<T> first, second;
+
+  FASTGAN_INLINE void add(Wide<T> a, Wide<T> b, Wide<T> c) {  // first += a, second += b*c
+    for (int k = 0; k < Wide<T>::parts; k++) {
+      first.part[k] += a.part[k];
+      second.part[k] = fma(b.part[k], c.part[k], second.part[k]);
+    }
   }
-  FASTGAN_INLINE void add_product(Vec<T> a, Vec<T> b) {
-    Vec<T> product = a * b;
-    lost += fma(a, b, -product);
-    add(product);
-  }
-  FASTGAN_INLINE Vec<T> total() const { return value + lost; }
 };
 
 enum BackwardRow { row_backward_a = activation_rows, row_backward_b, row_backward_c };
@@ -75,123 +84,192 @@ struct Block {
     return splat(constants[row * C + channel]);
   }
 
-  FASTGAN_INLINE Vec<T> gradient(Vec<T> dz, Vec<T> y, int64_t i, int64_t n, Vec<T> slope) const {
-    Vec<T> v = normalised<T>(y, constant(row_mean, i, n), constant(row_scale, i, n), constant(row_shift, i, n));
-    return v > Vec<T>{} ? dz : dz * slope;
-  }
-
+  // f(i, n) returns what is done to the n values of columns i..., given their offset: constants are loaded once for rows.
   template <class F>
   FASTGAN_INLINE void each(F f) const {
-    for (int64_t r = 0; r < rows; r++) {
-      int64_t i = 0;
-      for (; i + lanes<T> <= width; i += lanes<T>) f(r * width + i, i, lanes<T>);
-      if (i < width) f(r * width + i, i, width - i);
+    for (int64_t r = 0; r < rows; r += 4) {
+      int64_t some = std::min<int64_t>(4, rows - r), i = 0;
+      for (; i + lanes<T> <= width; i += lanes<T>) {
+        auto one = f(i, lanes<T>);
+        if (some == 4) {
+          FASTGAN_UNROLL for (int k = 0; k < 4; k++) one((r + k) * width + i);
+        } else {
+          for (int64_t k = 0; k < some; k++) one((r + k) * width + i);
+        }
+      }
+      if (i == width) continue;
+      auto rest = f(i, width - i);
+      for (int64_t k = 0; k < some; k++) rest((r + k) * width + i);
     }
   }
 
+  // Slope 0 maps -inf to 0, not to NaN; NaN passes through.
+  template <bool relu>
   void apply(const T* y, T* z, T slope) const {
     Vec<T> slopes = splat(slope);
-    each([&](int64_t at, int64_t i, int64_t n) __attribute__((always_inline)) {
-      Vec<T> v = normalised<T>(load(y + at, n), constant(row_mean, i, n), constant(row_scale, i, n), constant(row_shift, i, n));
-      store(z + at, activated<T>(v, slopes), n);
+    each([&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      Vec<T> mean = constant(row_mean, i, n), scale = constant(row_scale, i, n), shift = constant(row_shift, i, n);
+      return [=](int64_t at) __attribute__((always_inline)) {
+        Vec<T> v = normalised<T>(load(y + at, n), mean, scale, shift);
+        store(z + at, relu ? (v <= Vec<T>{} ? Vec<T>{} : v) : (v > Vec<T>{} ? v : v * slopes), n);
+      };
     });
   }
 
   void backward(const T* dz, const T* y, T* dy, T slope) const {
     Vec<T> slopes = splat(slope);
-    each([&](int64_t at, int64_t i, int64_t n) __attribute__((always_inline)) {
-      Vec<T> raw = load(y + at, n), g = gradient(load(dz + at, n), raw, i, n, slopes);
-      Vec<T> rest = fma(constant(row_backward_b, i, n), raw - constant(row_mean, i, n), constant(row_backward_c, i, n));
-      store(dy + at, fma(constant(row_backward_a, i, n), g, rest), n);
+    each([&](int64_t i, int64_t n) __attribute__((always_inline)) {
+      Vec<T> mean = constant(row_mean, i, n), scale = constant(row_scale, i, n), shift = constant(row_shift, i, n);
+      Vec<T> a = constant(row_backward_a, i, n), b = constant(row_backward_b, i, n), c = constant(row_backward_c, i, n);
+      return [=](int64_t at) __attribute__((always_inline)) {
+        Vec<T> deviation = load(y + at, n) - mean, g = load(dz + at, n);
+        g = fma(deviation, scale, shift) > Vec<T>{} ? g : g * slopes;
+        store(dy + at, fma(a, g, fma(b, deviation, c)), n);
+      };
     });
   }
 
-  // Two sums over the block into out[channel], out[C + channel]: f(at, i, n, first, second) adds one register of values.
+  // Columns are walked in strides that the processor does not foresee: what the next piece needs is asked for here.
+  FASTGAN_INLINE void fetch_next(const T* values, int64_t at) const { __builtin_prefetch(values + at + rows * width); }
+
+  // Adds to two sums of each channel, in out[channel] and out[C + channel]: f(at, i, n, sums) adds one register of values.
   template <class F>
-  FASTGAN_INLINE void sum(T* out, F f) const {
+  FASTGAN_INLINE void sum(double* out, F f) const {
     if constexpr (channels_last) {
-      for (int64_t i = 0; i < width; i += lanes<T>) {
+      int64_t i = 0;
+      for (; i + 2 * lanes<T> <= width; i += 2 * lanes<T>) {  // of a cache line, with enough sums to hide their latency
+        TwoSums<T> left = sums(out, i, lanes<T>), right = sums(out, i + lanes<T>, lanes<T>);
+        for (int64_t r = 0; r < rows; r++) {
+          f(r * width + i, i, lanes<T>, left), f(r * width + i + lanes<T>, i + lanes<T>, lanes<T>, right);
+        }
+        keep(left, out, i, lanes<T>), keep(right, out, i + lanes<T>, lanes<T>);
+      }
+      for (; i < width; i += lanes<T>) {
         int64_t n = std::min<int64_t>(lanes<T>, width - i);
-        Sum<T> first, second;
-        for (int64_t r = 0; r < rows; r++) f(r * width + i, i, n, first, second);
-        store(out + i, first.total(), n), store(out + C + i, second.total(), n);
+        TwoSums<T> one = sums(out, i, n);
+        for (int64_t r = 0; r < rows; r++) f(r * width + i, i, n, one);
+        keep(one, out, i, n);
       }
     } else {
-      Sum<T> first, second;
-      for (int64_t i = 0; i < width; i += lanes<T>) f(i, i, std::min<int64_t>(lanes<T>, width - i), first, second);
-      double a = 0, b = 0;
-      for (int l = 0; l < lanes<T>; l++) {
-        a += static_cast<double>(first.value[l]) + first.lost[l], b += static_cast<double>(second.value[l]) + second.lost[l];
+      TwoSums<T> one{};
+      int64_t i = 0;
+      for (; i + lanes<T> <= width; i += lanes<T>) f(i, i, lanes<T>, one);
+      if (i < width) f(i, i, width - i, one);
+      for (const Vec<double>& part : one.first.part) {
+        for (int l = 0; l < lanes<double>; l++) out[channel] += part[l];
       }
-      out[channel] = static_cast<T>(a), out[C + channel] = static_cast<T>(b);
+      for (const Vec<double>& part : one.second.part) {
+        for (int l = 0; l < lanes<double>; l++) out[C + channel] += part[l];
+      }
     }
   }
 
-  void statistics(const T* y, T* out) const {
-    T count = static_cast<T>(channels_last ? rows : width);
-    // A first pass for the mean, nearly: sums of differences from it lose no digits, whatever it is.
-    sum(out, [&](int64_t at, int64_t, int64_t n, Sum<T>& first, Sum<T>&) __attribute__((always_inline)) {
-      first.value += load(y + at, n);
-    });
-    int64_t begin = channels_last ? 0 : channel, end = channels_last ? width : channel + 1;
-    T* means = scratch<T>(Scratch::sums, C);
-    for (int64_t c = begin; c < end; c++) means[c] = out[c] / count;
-    sum(out, [&](int64_t at, int64_t i, int64_t n, Sum<T>& first, Sum<T>& second) __attribute__((always_inline)) {
-      Vec<T> d = load(y + at, n) - (channels_last ? load(means + i, n) : splat(means[channel]));
-      if (!channels_last) {
-        for (int64_t l = n; l < lanes<T>; l++) d[l] = 0;
-      }
-      first.add(d), second.add_product(d, d);
-    });
-    for (int64_t c = begin; c < end; c++) {
-      T offset = out[c] / count;
-      out[C + c] -= out[c] * offset;
-      out[c] = means[c] + offset;
+  FASTGAN_INLINE TwoSums<T> sums(const double* out, int64_t i, int64_t n) const {
+    TwoSums<T> s;
+    for (int k = 0; k < Wide<T>::parts; k++) {
+      int64_t at = i + k * lanes<double>, left = std::clamp<int64_t>(n - k * lanes<double>, 0, lanes<double>);
+      s.first.part[k] = load(out + at, left), s.second.part[k] = load(out + C + at, left);
+    }
+    return s;
+  }
+
+  FASTGAN_INLINE void keep(const TwoSums<T>& s, double* out, int64_t i, int64_t n) const {
+    for (int k = 0; k < Wide<T>::parts; k++) {
+      int64_t at = i + k * lanes<double>, left = std::clamp<int64_t>(n - k * lanes<double>, 0, lanes<double>);
+      store(out + at, s.first.part[k], left), store(out + C + at, s.second.part[k], left);
     }
   }
 
-  void reduce(const T* dz, const T* y, T* out, T slope) const {
+  // Sums of the differences from `pivot`, a value of the channel, and of their squares: they lose no digits, whatever the
+  // mean is.
+  void statistics(const T* y, const T* pivot, double* out) const {
+    sum(out, [&](int64_t at, int64_t i, int64_t n, TwoSums<T>& s) __attribute__((always_inline)) {
+      fetch_next(y, at);
+      Vec<T> from = channels_last ? load(pivot + i, n) : splat(pivot[channel]);
+      Wide<T> d = widened(load(y + at, n)), centre = widened(from);
+      for (int k = 0; k < Wide<T>::parts; k++) {
+        d.part[k] -= centre.part[k];
+        if (channels_last) continue;  // there the lanes past n are of no channel
+        for (int64_t l = std::max<int64_t>(0, n - k * lanes<double>); l < lanes<double>; l++) d.part[k][l] = 0;
+      }
+      s.add(d, d, d);
+    });
+  }
+
+  void reduce(const T* dz, const T* y, double* out, T slope) const {
     Vec<T> slopes = splat(slope);
-    sum(out, [&](int64_t at, int64_t i, int64_t n, Sum<T>& first, Sum<T>& second) __attribute__((always_inline)) {
-      Vec<T> raw = load(y + at, n), g = gradient(load(dz + at, n), raw, i, n, slopes);
-      first.add(g), second.add_product(g, raw - constant(row_mean, i, n));
+    sum(out, [&](int64_t at, int64_t i, int64_t n, TwoSums<T>& s) __attribute__((always_inline)) {
+      fetch_next(y, at), fetch_next(dz, at);
+      Vec<T> deviation = load(y + at, n) - constant(row_mean, i, n), g = load(dz + at, n);
+      g = fma(deviation, constant(row_scale, i, n), constant(row_shift, i, n)) > Vec<T>{} ? g : g * slopes;
+      Wide<T> wide = widened(g);
+      s.add(wide, wide, widened(deviation));
     });
   }
 };
 
+// One task: `count` pixels (of one channel where the layout is contiguous), a piece of the first-level cache at a time.
 template <class S, class T, bool channels_last>
-void run(const BnAct& p) {
-  auto y = static_cast<const S*>(p.y), dz = static_cast<const S*>(p.dz);
+void run_task(const BnAct& p, int64_t image, int64_t channel, int64_t begin, int64_t count, double* sums) {
+  constexpr int64_t piece = 16384 / sizeof(T);
+  int64_t step = channels_last ? std::clamp<int64_t>(piece / p.C, 4, 256) : piece, row = channels_last ? p.C : 1;
+  int64_t first = channels_last ? begin * p.C : (image * p.C + channel) * p.S + begin;
   T slope = static_cast<T>(p.slope);
-  // About 16 KB per block, so that the later lane groups of a row find it in the first-level cache.
-  constexpr int64_t block = 16384 / sizeof(T);
-  int64_t unit = channels_last ? p.N * p.S : p.S;  // pixels to cut: of everything, or of one channel of one image
-  int64_t pixels = channels_last ? std::clamp<int64_t>(block / p.C, 16, 256) : block, cuts = (unit + pixels - 1) / pixels;
-  bool sums = p.step == BnActStep::statistics || p.step == BnActStep::reduce;
-  int64_t blocks = channels_last ? cuts : p.N * cuts;
-  T* partial = sums ? scratch<T>(Scratch::partial, blocks * 2 * p.C) : nullptr;
-  parallel(channels_last ? cuts : p.N * p.C * cuts, [&](int64_t task) {
-    int64_t cut = task % cuts, plane = task / cuts, count = std::min(pixels, unit - cut * pixels);
-    int64_t channel = channels_last ? 0 : plane % p.C, image = channels_last ? 0 : plane / p.C;
-    int64_t at = channels_last ? cut * pixels * p.C : plane * p.S + cut * pixels, n = channels_last ? count * p.C : count;
-    Block<T, channels_last> b{static_cast<const T*>(p.constants), p.C, channel, channels_last ? count : 1,
-                              channels_last ? p.C : count};
-    const T* values = widened(y + at, n, Scratch::large);
-    const T* gradients = dz ? widened(dz + at, n, Scratch::small) : nullptr;
-    if (sums) {
-      T* to = partial + (image * cuts + cut) * 2 * p.C;
-      p.step == BnActStep::statistics ? b.statistics(values, to) : b.reduce(gradients, values, to, slope);
+  auto y = static_cast<const S*>(p.y) + first, dz = p.dz ? static_cast<const S*>(p.dz) + first : nullptr;
+  const T* pivot = nullptr;
+  if (p.step == BnActStep::statistics) {
+    T* values = scratch<T>(Scratch::sums, p.C);
+    std::copy_n(converted(y, row, Scratch::large), row, values + channel);
+    pivot = values;
+  }
+  for (int64_t done = 0; done < count; done += step) {
+    int64_t pixels = std::min(step, count - done), at = done * row, n = pixels * row;
+    Block<T, channels_last> b{static_cast<const T*>(p.constants), p.C, channel, channels_last ? pixels : 1,
+                              channels_last ? p.C : pixels};
+    const T* values = converted(y + at, n, Scratch::large);
+    const T* gradients = dz ? converted(dz + at, n, Scratch::small) : nullptr;
+    if (p.step == BnActStep::statistics) {
+      b.statistics(values, pivot, sums);
+    } else if (p.step == BnActStep::reduce) {
+      b.reduce(gradients, values, sums, slope);
     } else {
-      S* out = static_cast<S*>(p.out) + at;
+      S* out = static_cast<S*>(p.out) + first + at;
       T* result = staging(out, n, Scratch::image);
-      p.step == BnActStep::apply ? b.apply(values, result, slope) : b.backward(gradients, values, result, slope);
+      if (p.step == BnActStep::backward) b.backward(gradients, values, result, slope);
+      else if (p.slope == 0) b.template apply<true>(values, result, slope);
+      else b.template apply<false>(values, result, slope);
       narrow(result, out, n);
     }
+  }
+  if (p.step != BnActStep::statistics) return;
+  int64_t last = channels_last ? p.C : channel + 1;
+  for (int64_t c = channels_last ? 0 : channel; c < last; c++) {
+    double offset = sums[c] / static_cast<double>(count);
+    sums[p.C + c] -= sums[c] * offset;
+    sums[c] = static_cast<double>(pivot[c]) + offset;
+  }
+}
+
+template <class S, class T, bool channels_last>
+void run(const BnAct& p) {
+  constexpr int64_t task_values = 1 << 16;
+  int64_t unit = channels_last ? p.N * p.S : p.S;  // pixels to cut: of everything, or of one channel of one image
+  int64_t pixels = channels_last ? std::max<int64_t>(task_values / p.C, 16) : task_values;
+  int64_t cuts = (unit + pixels - 1) / pixels, blocks = channels_last ? cuts : p.N * cuts;
+  bool sums = p.step == BnActStep::statistics || p.step == BnActStep::reduce;
+  double* partial = sums ? scratch<double>(Scratch::partial, blocks * 2 * p.C) : nullptr;
+  if (sums) std::fill_n(partial, blocks * 2 * p.C, 0.0);
+  parallel(channels_last ? cuts : p.N * p.C * cuts, [&](int64_t task) {
+    int64_t cut = task % cuts, plane = task / cuts, image = channels_last ? 0 : plane / p.C;
+    run_task<S, T, channels_last>(p, image, channels_last ? 0 : plane % p.C, cut * pixels, std::min(pixels, unit - cut * pixels),
+                                  sums ? partial + (image * cuts + cut) * 2 * p.C : nullptr);
   });
   if (sums) {
+    std::vector<double> result(2 * p.C);
     auto count_of = [&](int64_t b) { return std::min(pixels, unit - b % cuts * pixels); };
     combine_blocks(p.step == BnActStep::statistics ? Finish::statistics : Finish::backward, partial, blocks, count_of, p.C,
-                   static_cast<T*>(p.out));
+                   result.data());
+    std::copy(result.begin(), result.end(), static_cast<T*>(p.out));
   }
 }
 

@@ -1,4 +1,4 @@
-// The three drivers over a scheme: read and transform the images, multiply, transform back and finish.
+// The drivers over a scheme: read and transform the images, multiply, transform back and finish.
 #if defined(__AVX2__) && !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it; see convolution.h
 #include "cpu/convolution.h"
 #include "cpu/parallel.h"
@@ -15,13 +15,17 @@ int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size) {
   return std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
 }
 
+// A thread takes images of about `apart_tiles` tiles through all three stages on its own, in its second-level cache, where
+// there are images enough for all and the whole transformed weight stays in the last level.
+constexpr int64_t apart_tiles = 32, apart_weights = 4 << 20;
+
 // product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each. The
 // transformed weight never exists as a whole, for deep layers it would be 30 MB: weight_of(first, last, from, count, u, point)
 // makes some output panels' share of some depth in the cache of the thread that multiplies by it.
 template <class T, class F>
 void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run,
                      int64_t chunk, T* product, const F& weight_of) {
-  constexpr int64_t together = 4;  // panels of the result that one read of the operand serves
+  constexpr int64_t together = 4, rows_at_once = 48;  // panels of the result that one read of so many rows serves
   int64_t depth = in_panels * panel<T>, threads = torch::stable::get_num_threads();
   int64_t groups = std::max((out_panels + together - 1) / together, std::min(out_panels, threads));
   int64_t width = (out_panels + groups - 1) / groups;
@@ -38,9 +42,9 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
       for (int point = 0; point < points; point++) {
         const T* a = operand + ((point * in_panels * stride) + from / panel<T> * stride + first) * panel<T>;
         T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
-        for (int64_t k = 0; k < deep; k += run) {
-          multiply_rows(a + k * stride, panel_strides<T>(stride * panel<T>), u + point * point_stride + k * panel<T>, deep * panel<T>,
-                        std::min(run, deep - k), c, panel<T>, stride * panel<T>, last - o, count, from + k > 0);
+        for (int64_t row = 0; row < count; row += rows_at_once) {
+          multiply_rows(a + row * panel<T>, panel_strides<T>(stride * panel<T>), u + point * point_stride, deep * panel<T>, deep, run,
+                        c + row * panel<T>, panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0);
         }
       }
     }
@@ -80,62 +84,87 @@ struct Output {
   }
 };
 
-template <class T, class Scheme>
-void to_small(const Sizes& s, const OperandView& large, const Filters<const T>& weight, const ResultView& result) {
-  Scheme scheme(s);
-  Source<T> source = source_of<T>(large);
-  Output<T> output(result, s.N, s.H, s.W, s.K);
-  int64_t in = Scheme::phases * scheme.groups, out = scheme.small_panels, tiles = scheme.tiles();
-  int64_t run = s.C < 64 ? short_run_length : run_length;
-  int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (in + out), sizeof(T));
-  T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * in);
-  T* m = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * out);
-  for (int64_t first = 0; first < s.N; first += step) {
-    int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
-    parallel(count, [&](int64_t i) {
-      T* image = scratch<T>(Scratch::image, scheme.large.size());
-      read_image(source, first + i, s.LH, s.LW, s.C, scheme.large, image);
-      scheme.large_to_operand(image, v + i * tiles * panel<T>, stride);
-    });
-    multiply_points(Scheme::points, v, in, out, rows, stride, run, Scheme::chunk_to_small, m,
-                    [&](auto... panels) { scheme.weight_to_small(weight, panels...); });
-    parallel(count, [&](int64_t i) {
-      T* image = scratch<T>(Scratch::image, scheme.small.size());
-      scheme.operand_to_small(m + i * tiles * panel<T>, image, stride);
-      write_image(output.sink, first + i, s.H, s.W, s.K, scheme.small, image);
-    });
-  }
-  output.combine(s.N, s.H, s.W, s.K);
-}
+// One side of a convolution and its operand's depth.
+struct Side {
+  int64_t H, W, C, panels;
+  Frame frame;
+};
 
-template <class T, class Scheme>
-void to_large(const Sizes& s, const OperandView& small, const Filters<const T>& weight, const ResultView& result) {
+// From the large side to the small one or, `up`, back.
+template <class T, class Scheme, bool up>
+void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>& weight, const ResultView& result) {
   Scheme scheme(s);
-  Source<T> source = source_of<T>(small);
-  Output<T> output(result, s.N, s.LH, s.LW, s.C);
-  int64_t in = scheme.small_panels, out = Scheme::phases * scheme.groups, tiles = scheme.tiles();
-  // The library sums 4 K terms here, not 16 C: the fewer they are, the less room its own error leaves.
-  int64_t run = s.K < 256 ? short_run_length : run_length;
-  int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (in + out), sizeof(T));
-  T* y = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * in);
-  T* m = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * out);
-  for (int64_t first = 0; first < s.N; first += step) {
-    int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
-    parallel(count, [&](int64_t i) {
-      T* image = scratch<T>(Scratch::image, scheme.small.size());
-      read_image(source, first + i, s.H, s.W, s.K, scheme.small, image);
-      scheme.small_to_operand(image, y + i * tiles * panel<T>, stride);
+  Side large{s.LH, s.LW, s.C, Scheme::phases * scheme.groups, scheme.large}, small{s.H, s.W, s.K, scheme.small_panels, scheme.small};
+  const Side &from = up ? small : large, &to = up ? large : small;
+  Source<T> source = source_of<T>(operand);
+  Output<T> output(result, s.N, to.H, to.W, to.C);
+  // Where a result has few terms the library's error leaves less room: it sums 4 K of them to the large side, not 16 C.
+  int64_t run = (up ? s.K < 256 : s.C < 64) ? short_run_length : run_length;
+  int64_t tiles = scheme.tiles(), depth = from.panels * panel<T>;
+
+  auto read = [&](int64_t i, T* v, int64_t stride) {
+    T* image = scratch<T>(Scratch::image, from.frame.size());
+    read_image(source, i, from.H, from.W, from.C, from.frame, image);
+    if constexpr (up) {
+      scheme.small_to_operand(image, v, stride);
+    } else {
+      scheme.large_to_operand(image, v, stride);
+    }
+  };
+  auto weights = [&](auto... panels) {
+    if constexpr (up) {
+      scheme.weight_to_large(weight, panels...);
+    } else {
+      scheme.weight_to_small(weight, panels...);
+    }
+  };
+  auto write = [&](int64_t i, const T* m, int64_t stride) {
+    T* image = scratch<T>(Scratch::image, to.frame.size());
+    if constexpr (up) {
+      scheme.operand_to_large(m, image, stride);
+    } else {
+      scheme.operand_to_small(m, image, stride);
+    }
+    write_image(output.sink, i, to.H, to.W, to.C, to.frame, image);
+  };
+
+  int64_t threads = torch::stable::get_num_threads(), transformed = Scheme::points * depth * to.panels * panel<T>;
+  bool apart = s.N >= 4 * threads && transformed * static_cast<int64_t>(sizeof(T)) <= apart_weights;
+  int64_t per_tile = Scheme::points * panel<T>;
+  int64_t step = apart ? std::clamp<int64_t>(apart_tiles / tiles, 1, s.N / (2 * threads))
+                       : images_at_once(s.N, tiles * per_tile * (from.panels + to.panels), sizeof(T));
+  // Both ways add up the same terms in the same order.
+  if (apart) {
+    T* u = scratch<T>(Scratch::weights, transformed);
+    int64_t point = depth * to.panels * panel<T>;
+    constexpr int64_t together = up ? Scheme::phases : 1;
+    parallel(to.panels / together, [&](int64_t task) {
+      int64_t o = task * together;
+      weights(o, o + together, 0, depth, u + o * depth * panel<T>, point);
     });
-    multiply_points(Scheme::points, y, in, out, rows, stride, run, Scheme::chunk_to_large, m,
-                    [&](auto... panels) { scheme.weight_to_large(weight, panels...); });
-    parallel(count, [&](int64_t i) {
-      T* image = scratch<T>(Scratch::image, scheme.large.size());
-      std::fill_n(image, scheme.large.size(), T(0));
-      scheme.operand_to_large(m + i * tiles * panel<T>, image, stride);
-      write_image(output.sink, first + i, s.LH, s.LW, s.C, scheme.large, image);
+    parallel((s.N + step - 1) / step, [&](int64_t block) {
+      int64_t first = block * step, count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
+      T* v = scratch<T>(Scratch::large, per_tile * from.panels * stride);
+      T* m = scratch<T>(Scratch::small, per_tile * to.panels * stride);
+      for (int64_t i = 0; i < count; i++) read(first + i, v + i * tiles * panel<T>, stride);
+      for (int p = 0; p < Scheme::points; p++) {
+        multiply_rows(v + p * from.panels * stride * panel<T>, panel_strides<T>(stride * panel<T>), u + p * point, depth * panel<T>,
+                      depth, run, m + p * to.panels * stride * panel<T>, panel<T>, stride * panel<T>, to.panels, rows, false);
+      }
+      for (int64_t i = 0; i < count; i++) write(first + i, m + i * tiles * panel<T>, stride);
     });
+  } else {
+    T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * from.panels);
+    T* m = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * to.panels);
+    for (int64_t first = 0; first < s.N; first += step) {
+      int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
+      parallel(count, [&](int64_t i) { read(first + i, v + i * tiles * panel<T>, stride); });
+      multiply_points(Scheme::points, v, from.panels, to.panels, rows, stride, run, up ? Scheme::chunk_to_large : Scheme::chunk_to_small,
+                      m, weights);
+      parallel(count, [&](int64_t i) { write(first + i, m + i * tiles * panel<T>, stride); });
+    }
   }
-  output.combine(s.N, s.LH, s.LW, s.C);
+  output.combine(s.N, to.H, to.W, to.C);
 }
 
 template <class T, class Scheme>
@@ -214,9 +243,9 @@ void run(const Convolution& c) {
   bool winograd = use_winograd(c);
   switch (c.direction) {
     case Direction::to_small:
-      return winograd ? to_small<T, Winograd<T>>(s, c.large, weight, c.result) : to_small<T, Direct<T>>(s, c.large, weight, c.result);
+      return winograd ? convolve<T, Winograd<T>, false>(s, c.large, weight, c.result) : convolve<T, Direct<T>, false>(s, c.large, weight, c.result);
     case Direction::to_large:
-      return winograd ? to_large<T, Winograd<T>>(s, c.small, weight, c.result) : to_large<T, Direct<T>>(s, c.small, weight, c.result);
+      return winograd ? convolve<T, Winograd<T>, true>(s, c.small, weight, c.result) : convolve<T, Direct<T>, true>(s, c.small, weight, c.result);
     case Direction::to_weight: {
       Filters<T> gradient{static_cast<T*>(c.result.out), c.K, c.C, c.weight_channels_last};
       return winograd ? to_weight<T, Winograd<T>>(s, c.large, c.small, gradient) : to_weight<T, Direct<T>>(s, c.large, c.small, gradient);

@@ -5,6 +5,7 @@
 // into one cache set). Columns are padded to a whole panel with zeros.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/vec.h"
 
@@ -66,18 +67,39 @@ FASTGAN_INLINE void micro_run(const T* a, const Strides& at, const T* b, int64_t
   }
 }
 
+// Calls f with `count` <= micro_rows as a constant.
+template <class F>
+FASTGAN_INLINE void with_rows(int64_t count, const F& f) {
+  switch (count) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    default: return f(std::integral_constant<int, micro_rows>());
+  }
+}
+
 // c (+)= A b for `columns` panels: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart, rows of c
-// c_row and its panels `c_stride` apart. A few rows of A serve all columns from the first-level cache.
-template <class T, int R = micro_rows>
-FASTGAN_INLINE void multiply_rows(const T* a, const Strides& at, const T* b, int64_t b_stride, int64_t depth, T* c, int64_t c_row,
-                                  int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
-  if constexpr (R > 0) {
-    for (; rows >= R; rows -= R, a += R * at.row, c += R * c_row) {
-      for (int64_t j = 0; j < columns; j++) {
-        micro_run<T, R>(a, at, b + j * b_stride, panel<T>, depth, c + j * c_stride, c_row, accumulate);
-      }
+// c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A panel of b serves all
+// rows from the first-level cache, and a tile of c stays there from run to run.
+template <class T>
+FASTGAN_INLINE void multiply_rows(const T* a, const Strides& at, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c,
+                                  int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
+  // Equal shares of rows: 32 as 6 + 6 + 5 + 5 + 5 + 5, for a tile of 2 would wait for its own sums.
+  int64_t shares = (rows + micro_rows - 1) / micro_rows, share = rows / std::max<int64_t>(1, shares), larger = rows - share * shares;
+  int64_t a_run = run / at.segment * at.jump;
+  for (int64_t j = 0; j < columns; j++, b += b_stride, c += c_stride) {
+    for (int64_t i = 0, row = 0, count; i < shares; i++, row += count) {
+      count = share + (i < larger);
+      const T* ak = a + row * at.row;
+      T* to = c + row * c_row;
+      with_rows(count, [&](auto R) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < depth; k += run, ak += a_run) {
+          micro_run<T, R()>(ak, at, b + k * panel<T>, panel<T>, std::min(run, depth - k), to, c_row, accumulate || k > 0);
+        }
+      });
     }
-    if (rows > 0) multiply_rows<T, R - 1>(a, at, b, b_stride, depth, c, c_row, c_stride, columns, rows, accumulate);
   }
 }
 

@@ -41,6 +41,20 @@ torch::stable::Tensor bn_act_backward(torch::stable::Tensor dz, torch::stable::T
                                       double slope, std::optional<torch::stable::Tensor> grad_weight,
                                       std::optional<torch::stable::Tensor> grad_bias, int64_t count);
 
+// Forward and backward of bn_act in one call each, of the schemas in fastgan/ops/bn_act.py; bn_act_train moves the running
+// statistics as well.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> bn_act_train(
+    torch::stable::Tensor y, std::optional<torch::stable::Tensor> weight, std::optional<torch::stable::Tensor> bias,
+    std::optional<torch::stable::Tensor> running_mean, std::optional<torch::stable::Tensor> running_var, double momentum,
+    double eps, double slope);
+torch::stable::Tensor bn_act_eval(torch::stable::Tensor y, std::optional<torch::stable::Tensor> weight,
+                                  std::optional<torch::stable::Tensor> bias, std::optional<torch::stable::Tensor> mean,
+                                  std::optional<torch::stable::Tensor> var, double eps, double slope);
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> bn_act_grad(
+    torch::stable::Tensor dz, torch::stable::Tensor y, std::optional<torch::stable::Tensor> weight,
+    std::optional<torch::stable::Tensor> bias, std::optional<torch::stable::Tensor> mean,
+    std::optional<torch::stable::Tensor> var, double eps, double slope, bool training, bool needs_input, bool needs_affine);
+
 // From (mean, m2) over `count` values to the constants [mu, s, beta, invstd] of the next prologue, running statistics
 // updated; and from a block's two sums to [A, B, C, mu] and (weight gradient, bias gradient). count 0: frozen statistics.
 torch::stable::Tensor block_constants(torch::stable::Tensor sums, int64_t count, std::optional<torch::stable::Tensor> weight,

@@ -70,23 +70,37 @@ struct Winograd {
     });
   }
 
+  // Neighbouring tiles share a column of the image, which registers carry, and a row, which is added in memory.
   void operand_to_large(const T* operand, T* image, int64_t stride) const {
     int64_t line = large.columns * large.channels, step = large.channels, point = phases * groups * stride * panel<T>;
-    for_tiles(large, 2 * tile_height, 2 * tile_width, image, operand, phases * stride * panel<T>, groups, [&](T* out, const T* in) {
-      for (int phase = 0; phase < phases; phase++) {
-        const T* m = in + phase * stride * panel<T>;
-        Vec<T> value[3][5], transformed[3][5];
-        FASTGAN_UNROLL for (int p = 0; p < points; p++) value[p / 5][p % 5] = load(m + p * point);
-        points_to_large<T>(value, transformed);
-        T* x = out + phase / 2 * line + phase % 2 * step;
-        for (int i = 0; i < 3; i++) {
-          for (int j = 0; j < 5; j++) {
-            T* at = x + 2 * i * line + 2 * j * step;
-            store(at, load(at) + transformed[i][j]);
+    for (int64_t i = 0; i < tiles_y; i++) {
+      for (int64_t g = 0; g < groups * phases; g++) {
+        int64_t phase = g % phases;
+        for (int half = 0; half < panel<T>; half += lanes<T>) {
+          const T* m = operand + (g * stride + i * tiles_x) * panel<T> + half;
+          T* x = image + (2 * tile_height * i + phase / 2) * line + phase % 2 * step + g / phases * panel<T> + half;
+          Vec<T> carry[3] = {};
+          for (int64_t j = 0; j < tiles_x; j++, m += panel<T>, x += 2 * tile_width * step) {
+            Vec<T> value[3][5], transformed[3][5];
+            FASTGAN_UNROLL for (int p = 0; p < points; p++) value[p / 5][p % 5] = load(m + p * point);
+            points_to_large<T>(value, transformed);
+            FASTGAN_UNROLL for (int k = 0; k < 3; k++) {
+              transformed[k][0] += carry[k], carry[k] = transformed[k][4];
+              T* to = x + 2 * k * line;
+              FASTGAN_UNROLL for (int l = 0; l < 4; l++) {
+                if (k == 0 && i > 0) transformed[k][l] += load(to + 2 * l * step);
+                store(to + 2 * l * step, transformed[k][l]);
+              }
+            }
+          }
+          FASTGAN_UNROLL for (int k = 0; k < 3; k++) {
+            T* to = x + 2 * k * line;
+            if (k == 0 && i > 0) carry[k] += load(to);
+            store(to, carry[k]);
           }
         }
       }
-    });
+    }
   }
 
   void small_to_operand(const T* image, T* operand, int64_t stride) const {
@@ -215,6 +229,7 @@ struct Direct {
 
   void operand_to_large(const T* operand, T* image, int64_t stride) const {
     int64_t line = large.columns * C;
+    std::fill_n(image, large.size(), T(0));
     std::vector<T> patch(groups * panel<T>);
     for (int64_t pixel = 0; pixel < H * W; pixel++, operand += panel<T>) {
       T* corner = image + 2 * (pixel / W) * line + 2 * (pixel % W) * C;

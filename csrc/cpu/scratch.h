@@ -8,7 +8,7 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-enum class Scratch { weight, large, small, image, sums, partial, count };
+enum class Scratch { weight, weights, large, small, image, sums, partial, count };
 
 // At least n elements on a 64-byte boundary, of any content; the same memory at each call for the same use.
 template <class T>

@@ -10,6 +10,7 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t thin_channels = 4;
+constexpr int64_t pixels_at_once = 2 * micro_rows;  // that memory must have ready before all are multiplied
 
 template <class T>
 struct Thin {
@@ -32,9 +33,11 @@ struct Thin {
     return copy;
   }
 
-  // Row y of the small side, [W][columns].
+  // Row y of the small side, [W][columns]; the next one is asked for, as rows come once and from memory.
   const T* read_small_row(const Source<T>& source, int64_t image, int64_t y) const {
     int64_t at = (image * s.H + y) * s.W * s.K;
+    constexpr int64_t cache_line = 64 / sizeof(T);
+    for (int64_t i = s.W * s.K; i < 2 * s.W * s.K; i += cache_line) __builtin_prefetch(source.a + at + i, 0, 2);
     if (source.kind == Operand::plain && columns == s.K) return source.a + at;
     T* row = scratch<T>(Scratch::small, s.W * columns);
     operand_pixels(of_image(source, image, s.K), s.K, at, s.W, row, columns);
@@ -52,7 +55,7 @@ struct Thin {
         int64_t rows = std::min(step, s.H - y);
         T* out = in_place ? sink.out + (image * s.H + y) * s.W * s.K : scratch<T>(Scratch::small, rows * s.W * columns);
         for (int64_t r = 0; r < rows; r++) {
-          multiply_rows(large + 2 * (y + r) * line, Strides{2 * s.C, 1, reach, line}, u, depth * panel<T>, depth,
+          multiply_rows(large + 2 * (y + r) * line, Strides{2 * s.C, 1, reach, line}, u, depth * panel<T>, depth, depth,
                         out + r * s.W * columns, columns, panel<T>, panels_of_k, s.W, false);
         }
         if (!in_place) write_block(sink, image, s.H, s.W, s.K, y, out, columns, s.W * columns);
@@ -69,31 +72,37 @@ struct Thin {
       std::fill_n(large, scheme.large.size(), T(0));
       for (int64_t y = 0; y < s.H; y++) {
         const T* row = read_small_row(source, image, y);
-        for (int64_t k = 0; k < columns; k += run_length) {
-          multiply_rows(row + k, Strides{columns, 1, run_length, 0}, u + k * panel<T>, columns * panel<T>,
-                        std::min<int64_t>(run_length, columns - k), product, depth, panel<T>, depth / panel<T>, s.W, k > 0);
+        for (int64_t x = 0; x < s.W; x += pixels_at_once) {
+          multiply_rows(row + x * columns, Strides{columns, 1, run_length, run_length}, u, columns * panel<T>, columns, run_length,
+                        product + x * depth, depth, panel<T>, depth / panel<T>, std::min(pixels_at_once, s.W - x), false);
         }
         switch (s.C) {
-          case 1: add_row<4>(product, large + 2 * y * line); break;
-          case 2: add_row<8>(product, large + 2 * y * line); break;
-          case 3: add_row<12>(product, large + 2 * y * line); break;
-          default: add_row<16>(product, large + 2 * y * line);
+          case 1: add_row<2>(product, large + 2 * y * line); break;
+          case 2: add_row<4>(product, large + 2 * y * line); break;
+          case 3: add_row<6>(product, large + 2 * y * line); break;
+          default: add_row<8>(product, large + 2 * y * line);
         }
       }
       write_image(sink, image, s.LH, s.LW, s.C, scheme.large, large);
     });
   }
 
-  // Adds one row of small pixels, [W][4][reach], to the four rows of the image that they meet.
-  template <int reach>
+  // Adds one row of small pixels, [W][4][2 * half], to the four rows of the image that they meet: neighbours share half
+  // of their columns, added in one go, for a sum just stored is slow to read again.
+  template <int half>
   void add_row(const T* product, T* large) const {
-    for (int64_t x = 0; x < s.W; x++, large += reach / 2) {
-      for (int ky = 0; ky < 4; ky++, product += reach) {
-        T* to = large + ky * line;
-        T sum[reach];
-        for (int i = 0; i < reach; i++) sum[i] = to[i] + product[i];
-        std::copy_n(sum, reach, to);
+    for (int ky = 0; ky < 4; ky++, product += 2 * half, large += line) {
+      const T* from = product;
+      T* to = large;
+      for (int i = 0; i < half; i++) to[i] += from[i];
+      for (int64_t x = 1; x < s.W; x++) {
+        const T* before = from + half;
+        from += 8 * half, to += half;
+        T sum[half];
+        for (int i = 0; i < half; i++) sum[i] = to[i] + (before[i] + from[i]);
+        std::copy_n(sum, half, to);
       }
+      for (int i = 0; i < half; i++) to[half + i] += from[half + i];
     }
   }
 

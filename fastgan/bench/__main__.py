@@ -13,8 +13,10 @@ import tyro
 from fastgan.bench import plot, results
 from fastgan.bench.machine import best_of, peaks
 from fastgan.bench.pairing import MIN_ROUNDS
+from fastgan.bench.profiling import top_operations
 from fastgan.bench.steps import providers
 from fastgan.command import run_command
+from fastgan.devices import choose_device
 from fastgan.errors import FastganError
 
 NOISY = 0.1  # share of the processors that others may take
@@ -30,7 +32,7 @@ class BenchConfig:
     quick: bool = False
     """the two smallest cases, without torch.compile and without peak memory: a minute"""
     device: str = "cpu"
-    """cpu, cuda or cuda:N"""
+    """auto, cpu, cuda or cuda:N"""
     rounds: int = 9
     """how often each competitor takes its turn, at least 6"""
     case: str = ""
@@ -41,6 +43,8 @@ class BenchConfig:
     """measure the peak memory of each competitor too, in processes of their own"""
     options: bool = False
     """measure fastgan's options too: joint batches, and the discriminator's first convolution recomputed"""
+    profile: bool = False
+    """show too which operations of fastgan's step take most of its time"""
     json: Path | None = None
     """write the data, with machine, versions and commit, here"""
     plot: Path | None = None
@@ -57,15 +61,7 @@ def checked_device(config: BenchConfig) -> torch.device:
     for option, path in (("--json", config.json), ("--plot", config.plot)):
         if path is not None and not os.access(path.parent, os.W_OK):
             raise FastganError(f"{option}: {path.parent} is not a folder that can be written to")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise FastganError(f"--device: expected cpu, cuda or cuda:N; got {config.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FastganError(f"--device: PyTorch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here")
-    return device
+    return choose_device(config.device)
 
 
 def bench(config: BenchConfig) -> list[str]:
@@ -83,6 +79,8 @@ def bench(config: BenchConfig) -> list[str]:
         row = results.measure(case, device, competitors, config.rounds)
         if config.memory and not config.quick:
             row |= results.measure_memory(case, device, competitors)
+        if config.profile:
+            row["profile"] = top_operations(case, device)
         rows.append(row)
         best = best_of(best, peaks(device))
         print("\n" + "\n".join(lines(row, best)), flush=True)
@@ -115,6 +113,11 @@ def lines(row: results.Row, peaks: dict[str, float]) -> list[str]:
     for network, kept in row.get("kept_bytes", {}).get("fastgan", {}).items():
         eager = row["kept_bytes"]["tuned"][network]
         found.append(f"  {network}: {kept / 2**20:.1f} MiB kept for backward, {kept / eager:.2f} of eager's")
+    for taken in row.get("profile", []):
+        found.append(
+            f"  {taken['name']:<40}{1e3 * taken['seconds']:9.2f} ms in {taken['calls']:.0f} calls"
+            f"{100 * taken['share']:6.1f} %"
+        )
     if (row["others"] or 0.0) > NOISY:
         found.append(f"  others took {100 * row['others']:.0f} % of the processors: measure again on a quiet machine")
     found.append(f"  a run of {row['kimg']:.0f} kimg: {duration(results.run_seconds(row))}")

@@ -1,7 +1,9 @@
 """Blocks in a `nn.Sequential`: finding them, and running one as one operation."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -125,17 +127,13 @@ def run_block(block: Block, input: Tensor) -> Tensor:
 
 def batch_norm_arguments(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> dict[str, Any]:
     """What `norm.forward` would pass to `F.batch_norm`, under the names of `conv_bn_act`; counts the batch as
-    it does.
+    it does."""
+    count_batches([norm])
+    return counted_arguments(norm)
 
-    With `momentum=None` the running statistics are plain averages; their weight is read from a counter on the
-    device, which makes the host wait, as in PyTorch.
-    """
-    updates = norm.training and norm.track_running_stats
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if updates and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
+
+def counted_arguments(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> dict[str, Any]:
+    """`batch_norm_arguments` of a batch that is counted already."""
     keeps = not norm.training or norm.track_running_stats
     return {
         "running_mean": norm.running_mean if keeps else None,
@@ -143,10 +141,32 @@ def batch_norm_arguments(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> dict[str, A
         "bn_weight": norm.weight,
         "bn_bias": norm.bias,
         "training": norm.training or (norm.running_mean is None and norm.running_var is None),
-        "momentum": momentum,
+        "momentum": momentum_of(norm),
         "eps": norm.eps,
         "process_group": _process_group(norm),
     }
+
+
+def count_batches(norms: Sequence[nn.BatchNorm2d | nn.SyncBatchNorm], batches: int = 1) -> None:
+    """Count that many batches in every norm that counts them, all in one launch."""
+    counters: list[Any] = [norm.num_batches_tracked for norm in norms if _counts(norm)]
+    if counters:
+        torch._foreach_add_(counters, batches)
+
+
+def momentum_of(norm: nn.BatchNorm2d | nn.SyncBatchNorm, later: int = 0) -> float:
+    """The weight of the batch after which `later` others are counted already.
+
+    With `momentum=None` the running statistics are plain averages; their weight is read from a counter on the
+    device, which makes the host wait, as in PyTorch.
+    """
+    if norm.momentum is not None:
+        return norm.momentum
+    return 1.0 / (float(norm.num_batches_tracked) - later) if _counts(norm) else 0.0  # type: ignore[arg-type]
+
+
+def _counts(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> bool:
+    return norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
 
 
 def _process_group(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> dist.ProcessGroup | None:

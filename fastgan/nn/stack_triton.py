@@ -31,18 +31,29 @@ def why_not_block(block: Block, input: Tensor) -> str | None:
     return None if weight.device == input.device else f"the weight is on {weight.device}, the input on {input.device}"
 
 
-def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    by_batch = step.norm is not None and step.norm.by_batch
-    y, parts = _convolution(step, operand, weight, bias, step.transposed, _size(step, operand.value), by_batch)
-    return y, parts if by_batch else None
-
-
-def constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
+def forward(
+    step: Step, operand: Operand, weight: Any, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Step, Tensor, Tensor | None]:
     norm = step.norm
     if norm is None:
-        return None
-    running = running_statistics(norm, y) if norm.by_batch else (norm.running_mean, norm.running_var)
-    return _run("block_constants", y, sums, gamma, beta, *running, norm.eps, *norm.momenta)
+        return step, convolve(step, operand, weight, bias), None
+    if not norm.by_batch:
+        y = convolve(step, operand, weight, bias)
+        return (
+            step,
+            y,
+            _run("block_constants", y, None, gamma, beta, norm.running_mean, norm.running_var, norm.eps, 0.0),
+        )
+    size, images = _size(step, operand.value), len(operand.value)
+    norm = norm._replace(values=images * size[0] * size[1])
+    running = running_statistics(norm, (images, weight.shape[1 if step.transposed else 0], *size))
+    how = _how(step, operand, weight, bias, step.transposed, size)
+    y, by = _run("convolve_block_constants", *how, gamma, beta, *running, norm.eps, *norm.momenta)
+    return step._replace(norm=norm), y, by
+
+
+def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> Tensor:
+    return _convolution(step, operand, weight, bias, step.transposed, _size(step, operand.value))[0]
 
 
 def applied(operand: Operand) -> Tensor:
@@ -65,10 +76,15 @@ def through_activation(step: Step, dz: Tensor, output: Operand) -> tuple[Operand
 def block_gradient(
     step: Step, before: Step, operand: Operand, gradient: Operand, weight: Tensor
 ) -> tuple[Operand, Tensor | None]:
-    g, parts = _convolution(step, gradient, weight, None, not step.transposed, operand.value.shape[2:], output=operand)
+    to_large, size = not step.transposed, operand.value.shape[2:]
     if before.norm is None:
+        g, parts = _convolution(step, gradient, weight, None, to_large, size, operand)
         return Operand(g, total=parts[0].sum(0) if before.bias and len(parts) else None), None
-    by, affine = _run("block_gradient_constants", parts, operand.constants, _values(before))
+    *how, _, geometry, _, _ = _how(step, gradient, weight, None, to_large, size)
+    out = (operand.value, operand.constants, operand.slope)
+    g, by, affine = _run(
+        "convolve_block_gradient_constants", *how, geometry, to_large, tuple(size), *out, _values(before)
+    )
     return Operand(g, operand.value, by, total=_total(before, operand, affine[1])), affine
 
 
@@ -100,18 +116,22 @@ def _run(name: str, *args: Any) -> Any:
     return backends.runner_of("triton", first, forced=backends.requested(None) is not None)(name, *args)
 
 
+def _how(step: Step, operand: Operand, weight: Tensor, bias: Tensor | None, to_large: bool, size: Any) -> tuple:
+    """What every convolution begins with."""
+    same = partial(torch.Tensor.to, dtype=operand.value.dtype)
+    bias = None if bias is None else same(bias)
+    return *operand[:4], same(weight), bias, _geometry(step), to_large, tuple(size)
+
+
 def _convolution(
     step: Step, operand: Operand, weight: Tensor, bias: Tensor | None, to_large: bool, size: Any,
-    statistics: bool = False, output: Operand | None = None,
+    output: Operand | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    same = partial(torch.Tensor.to, dtype=operand.value.dtype)
+    """Without statistics; with `output` the gradient of its activation on top, and the sums of that."""
     out: tuple = (None, None, 1.0)
-    if output is not None and (output.constants is not None or output.slope != 1.0):
-        out = (output.value, output.constants, output.slope)
-    return _run(
-        "convolve", *operand[:4], same(weight), None if bias is None else same(bias), _geometry(step), to_large,
-        tuple(size), statistics, *out,
-    )  # fmt: skip
+    if output is not None and output.slope != 1.0:
+        out = (output.value, None, output.slope)
+    return _run("convolve", *_how(step, operand, weight, bias, to_large, size), False, *out)
 
 
 def _geometry(step: Step) -> Geometry:

@@ -5,6 +5,7 @@ of the activation that is still to be applied, z = phi(s*(y - mu) + beta); backw
 constants [A, B, C, mu], dy = A*g + B*(y - mu) + C. Kernels that can apply either as they read.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.nn.blocks import Block, batch_norm_arguments
+from fastgan.nn.blocks import Block, count_batches, counted_arguments, momentum_of
 
 _PARAMETERS = 4  # of a block: weight, bias, BatchNorm's weight and bias
 
@@ -69,16 +70,14 @@ class Kernels(Protocol):
     def why_not_block(self, block: Block, input: Tensor) -> str | None:
         """Why a block cannot be in a unit that takes `input`; None: it can."""
 
-    def convolve(self, step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The raw output, channels-last, and sums of its channels where the block normalises by them."""
+    def forward(
+        self, step: Step, operand: Operand, weight: Any, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[Step, Tensor, Tensor | None]:
+        """The step that knows how many values its statistics have, the raw output, channels-last, and [mu, s, beta,
+        1/std] of the activation after it, if it takes any; updates the running statistics."""
 
-    def shared(self, sums: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
-        """The sums and the count of values over the processes of a group, if `why_not_block` lets such a block pass."""
-
-    def constants(
-        self, step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None
-    ) -> Tensor | None:
-        """[mu, s, beta, 1/std] of the activation after y, if it takes any; updates the running statistics."""
+    def convolve(self, step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> Tensor:
+        """The raw output again."""
 
     def applied(self, operand: Operand) -> Tensor:
         """The operand with its activation applied."""
@@ -120,6 +119,7 @@ def run_blocks(
     device = input.device.type
     lower = autocasts(device) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if lower else input.dtype
+    count_batches([block.norm for block in blocks if block.norm is not None], batches)
     run = _Run(kernels, [_step(block, batches) for block in blocks], dtype, recompute_first)
     return _Blocks.apply(run, input, *parameters)
 
@@ -129,11 +129,11 @@ def autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def running_statistics(norm: Norm, y: Tensor) -> tuple[Any, Any]:
-    """The running statistics that this forward updates, noted as changed; raises where there is nothing to normalise
-    by."""
+def running_statistics(norm: Norm, shape: Sequence[int]) -> tuple[Any, Any]:
+    """The running statistics that a forward with an output of `shape` updates, noted as changed; raises where there is
+    nothing to normalise by."""
     if norm.values == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(y.shape)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
     running = (norm.running_mean, norm.running_var)
     if norm.running_mean is not None:
         torch.autograd.graph.increment_version(running)
@@ -156,8 +156,8 @@ def _step(block: Block, batches: int) -> Step:
 def _norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm | None, batches: int) -> Norm | None:
     if norm is None:
         return None
-    each = [batch_norm_arguments(norm) for _ in range(batches)]
-    by, momenta = each[0], tuple(by["momentum"] for by in each)
+    by = counted_arguments(norm)
+    momenta = tuple(momentum_of(norm, batches - 1 - batch) for batch in range(batches))
     return Norm(by["training"], by["eps"], momenta, by["running_mean"], by["running_var"], by["process_group"])
 
 
@@ -169,11 +169,9 @@ class _Blocks(torch.autograd.Function):
         raw, constants = [], []
         for index, step in enumerate(steps):
             weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
-            y, sums = kernels.convolve(step, operand, weight, bias)
-            step, sums = _counted(kernels, step, y, sums)
-            steps[index] = step
-            _tell(run, step, y)
-            operand = Operand(y, None, kernels.constants(step, y, sums, gamma, beta), step.slope)
+            _tell(run, step, operand.value)
+            steps[index], y, by = kernels.forward(step, operand, weight, bias, gamma, beta)
+            operand = Operand(y, None, by, step.slope)
             used = _is_activated(operand) or index + 1 < len(steps)  # the last may not be
             raw.append(y if used and not (run.recompute_first and index == 0) else None)
             constants.append(operand.constants)
@@ -198,29 +196,19 @@ class _Blocks(torch.autograd.Function):
         raw, constants = saved[-2 * len(steps) : -len(steps)], saved[-len(steps) :]
         inputs = [Operand(channels_last(input.to(run.dtype)))]
         if run.recompute_first:
-            raw = (run.kernels.convolve(steps[0], inputs[0], *parameters[:2])[0], *raw[1:])
+            raw = (run.kernels.convolve(steps[0], inputs[0], *parameters[:2]), *raw[1:])
         inputs += [Operand(y, None, k, s.slope) for y, k, s in zip(raw, constants, steps, strict=True)]
         grads = _gradient(run, inputs, parameters, grad_output, ctx.needs_input_grad[1:])
         wanted = (input, *parameters)
         return None, *(None if g is None else g.to(w.dtype) for g, w in zip(grads, wanted, strict=True))
 
 
-def _counted(kernels: Any, step: Step, y: Tensor, sums: Tensor | None) -> tuple[Step, Tensor | None]:
-    """The step that knows how many values its statistics have, and these, over all processes that share them."""
-    if step.norm is None or sums is None:
-        return step, sums
-    count = y.numel() // y.shape[1] // step.batches
-    if step.norm.group is not None:
-        sums, count = kernels.shared(sums, count, step.norm.group)
-    return step._replace(norm=step.norm._replace(values=count)), sums
-
-
-def _tell(run: _Run, step: Step, y: Tensor) -> None:
+def _tell(run: _Run, step: Step, input: Tensor) -> None:
     """Let `explain` see who runs a block."""
     backends.enter_layer(step.name)
     operation = "conv_transpose_bn_act" if step.transposed else "conv_bn_act"
     reason = f"one unit from layer {run.steps[0].name} on"
-    backends.note(operation, y, backends.Decision(run.kernels.BACKEND, reason))
+    backends.note(operation, input, backends.Decision(run.kernels.BACKEND, reason))
 
 
 def _is_activated(operand: Operand) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgan.errors import FastganError
 
 LIBRARY = torch.library.Library("fastgan", "DEF")
-_direct = SimpleNamespace()
+direct: Any = SimpleNamespace()  # each operation without PyTorch's dispatcher, for where `is_plain` allows it
 
 
 def register(
@@ -20,7 +20,7 @@ def register(
     fake: Callable,
     function: type[torch.autograd.Function] | None = None,
 ) -> None:
-    """Define the operation `torch.ops.fastgan.NAME`; `operations` finds the quickest way to call it.
+    """Define the operation `torch.ops.fastgan.NAME`, and `direct.NAME` beside it.
 
     Args:
         schema: `name(arguments) -> results`.
@@ -54,29 +54,27 @@ def register(
         return compute(*args)
 
     LIBRARY.impl(name, partial(differentiable, below_autograd), "Autograd")
-    setattr(_direct, name, partial(differentiable, implementation))
+    setattr(direct, name, partial(differentiable, implementation))
 
 
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
-def operations(first: Tensor, *others: Tensor | None) -> Any:
-    """A namespace of the registered operations, to call on these tensors and constants.
-
-    It is `torch.ops.fastgan`, or the same without PyTorch's dispatcher where only autograd could listen there: no
-    mode, transform or trace, and no tensor that stands for another. Two journeys from Python through C++ and back
-    would cost more than the rest of a call.
+def is_plain(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether only autograd could listen in PyTorch's dispatcher to an operation on these tensors: no mode, transform
+    or trace, and no tensor that stands for another. Then `direct` is as good as `torch.ops.fastgan`, and saves two
+    journeys from Python through C++ and back, which cost more than the rest of a call.
     """
-    if (
+    return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or _modes() > 0
+        or _transforms()
+        or _tracing() is not None
         or not _PLAIN.issuperset(map(type, (first, *others)))
         or first.is_meta
-    ):
-        return torch.ops.fastgan
-    return _direct
+    )
 
 
 def gradient_of_gradient(

@@ -117,7 +117,7 @@ def _decide(params: Sequence[Tensor], backend: str | None) -> str:
         elements = sum(p.numel() for p in params)
         name = decide_on_cpu("adam_ema", first.dtype, "contiguous", (elements,)).backend
     else:
-        name = choose("adam_ema", first, backend).backend
+        name = choose("adam_ema", first, backend).decision.backend
     if name == "eager":
         return name
     if any(p.dtype not in _KERNEL_DTYPES[name] or p.dtype != first.dtype for p in params):

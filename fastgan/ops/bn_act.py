@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import count, requested, run, runner, takes_definition
-from fastgan.ops._library import gradient_of_gradient, operations, register
+from fastgan.backends import Choice, choose, chosen, count, requested, run
+from fastgan.ops._library import direct, gradient_of_gradient, is_plain, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
 if TYPE_CHECKING:
@@ -64,19 +64,37 @@ def bn_act(
         ValueError: a shape or dtype does not fit, or there is one value per channel in training.
         BackendError: the backend that was asked for cannot run.
     """
-    _check(input, running_mean, running_var, weight, bias, training, alone=process_group is None)
     backend = requested(backend)
-    if training and process_group is not None:
+    alone = process_group is None or not training
+    choice = chosen("bn_act", input, backend) if alone and input.numel() else None
+    if choice is not None and choice.whole and training and _is_many(input):
+        input = dense(input)
+        if is_plain(input, weight, bias, running_mean, running_var):
+            constants = (running_mean, running_var, momentum, eps, negative_slope)
+            try:
+                return _WholeTrain.apply(choice, input, weight, bias, *constants)
+            except RuntimeError:  # the kernel checks its arguments; this says what is wrong with them
+                _check(input, running_mean, running_var, weight, bias, training, alone)
+                raise
+    _check(input, running_mean, running_var, weight, bias, training, process_group is None)
+    if process_group is not None and training:
         from fastgan.ops.bn_act_sync import bn_act_sync
 
         return bn_act_sync(
             input, running_mean, running_var, weight, bias, momentum, eps, negative_slope, process_group, backend
         )
-    if input.numel() == 0 or takes_definition("bn_act", input, backend):
+    if choice is None:
         count("eager", "bn_act")
         v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return activation(v, negative_slope)
-    input, ops = dense(input), operations(input, weight, bias, running_mean, running_var)
+    input = dense(input)
+    if is_plain(input, weight, bias, running_mean, running_var):
+        if training:
+            return direct.bn_act_train(
+                input, weight, bias, eps, negative_slope, choice, running_mean, running_var, momentum
+            )[0]
+        return direct.bn_act_eval(input, weight, bias, running_mean, running_var, eps, negative_slope, choice)
+    ops = torch.ops.fastgan
     if not training:
         return ops.bn_act_eval(input, weight, bias, running_mean, running_var, eps, negative_slope, backend)
     z, mean, var = ops.bn_act_train(input, weight, bias, eps, negative_slope, backend)
@@ -96,10 +114,14 @@ def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Ten
     if negative_slope == 1:
         return input
     backend = requested(backend)
-    if input.numel() == 0 or takes_definition("bn_act", input, backend):
+    choice = chosen("bn_act", input, backend) if input.numel() else None
+    if choice is None:
         count("eager", "act")
         return activation(input, negative_slope)
-    return operations(input).bn_act_eval(dense(input), None, None, None, None, 0.0, negative_slope, backend)
+    constants = (None, None, None, None, 0.0, negative_slope)
+    if is_plain(input):
+        return direct.bn_act_eval(dense(input), *constants, choice)
+    return torch.ops.fastgan.bn_act_eval(dense(input), *constants, backend)
 
 
 def block_end(
@@ -126,6 +148,11 @@ def block_end(
     if any(t is not None for t in (running_mean, running_var, weight, bias)):
         raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
     return act(y, negative_slope, backend)
+
+
+def _is_many(input: Tensor) -> bool:
+    """Whether there is more than one value per channel."""
+    return input.dim() > 1 and input.numel() > input.shape[1]
 
 
 def _check(input, running_mean, running_var, weight, bias, training, alone) -> None:
@@ -186,12 +213,32 @@ def _statistics(input: Tensor, mean: Tensor | None, var: Tensor | None, eps: flo
 # --- fastgan::bn_act_train and bn_act_eval, and their gradient ------------------------------------
 
 
-def _train(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float, backend):
+def _train(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    slope: float,
+    backend: str | Choice | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.0,
+):
+    """The last three only where it is called directly: an operation that changes its arguments is apart from one that
+    is differentiated."""
     input = dense(input)
-    run = runner("bn_act", input, backend)
-    mean, m2 = run("bn_stats", input)
-    var = m2 / (input.numel() // input.shape[1])
-    z = run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
+    choice = choose("bn_act", input, backend)
+    if choice.whole:
+        results = choice.run("bn_act_train", input, weight, bias, running_mean, running_var, momentum, eps, slope)
+        if running_mean is not None and running_var is not None:
+            torch.autograd.graph.increment_version((running_mean, running_var))
+        return results
+    mean, m2 = choice.run("bn_stats", input)
+    n = input.numel() // input.shape[1]
+    var = m2 / n
+    z = choice.run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
+    if running_mean is not None:
+        _update(running_mean, running_var, mean, var, n, momentum, choice.asked)
     return z, mean, var
 
 
@@ -202,8 +249,10 @@ def _train_fake(input, weight, bias, eps, slope, backend):
 
 def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, eps: float, slope: float, backend):
     input = dense(input)
-    run = runner("bn_act", input, backend)
-    return run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
+    choice = choose("bn_act", input, backend)
+    if choice.whole:
+        return choice.run("bn_act_eval", input, weight, bias, mean, var, eps, slope)
+    return choice.run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
 
 
 def _eval_fake(input, weight, bias, mean, var, eps, slope, backend):
@@ -215,7 +264,10 @@ def _grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
     dz = like(dz, input)
-    run = runner("bn_act", input, backend)
+    choice = choose("bn_act", input, backend)
+    run = choice.run
+    if choice.whole:
+        return run("bn_act_grad", dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine)
     args = (dz, input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
     sums = run("bn_act_reduce", *args) if training or needs_affine else (None, None)
     if not needs_input:
@@ -243,10 +295,13 @@ def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | No
     if dz is None:
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
-    saved = ctx.saved_tensors
-    dy, grad_weight, grad_bias = operations(dz, *saved).bn_act_grad(
-        dz, *saved, *ctx.constants, training, needs_input, needs_weight or needs_bias, ctx.backend
-    )
+    saved, backend = ctx.saved_tensors, ctx.backend
+    args = (dz, *saved, *ctx.constants, training, needs_input, needs_weight or needs_bias)
+    if is_plain(dz, *saved):
+        dy, grad_weight, grad_bias = direct.bn_act_grad(*args, backend)
+    else:
+        asked = backend.asked if type(backend) is Choice else backend
+        dy, grad_weight, grad_bias = torch.ops.fastgan.bn_act_grad(*args, asked)
     return (
         dy if needs_input else None,
         grad_weight if needs_weight else None,
@@ -256,8 +311,8 @@ def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | No
 
 class _Train(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, compute, input, weight, bias, eps, slope, backend):
-        z, mean, var = compute(input, weight, bias, eps, slope, backend)
+    def forward(ctx, compute, input, weight, bias, eps, slope, backend, *running):
+        z, mean, var = compute(input, weight, bias, eps, slope, backend, *running)
         ctx.save_for_backward(input, weight, bias, mean, var)
         ctx.constants, ctx.backend = (eps, slope), backend
         ctx.mark_non_differentiable(mean, var)
@@ -266,7 +321,34 @@ class _Train(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz, _mean, _var):
-        return None, *_first_gradient(ctx, dz, training=True), None, None, None
+        return None, *_first_gradient(ctx, dz, training=True), *[None] * 6
+
+
+class _WholeTrain(torch.autograd.Function):
+    """`_Train` and the update of the running statistics by a backend's whole kernels, with nothing in between."""
+
+    @staticmethod
+    def forward(ctx, choice, input, weight, bias, running_mean, running_var, momentum, eps, slope):
+        z, mean, var = choice.run("bn_act_train", input, weight, bias, running_mean, running_var, momentum, eps, slope)
+        if running_mean is not None:
+            torch.autograd.graph.increment_version((running_mean, running_var))
+        ctx.save_for_backward(input, weight, bias, mean, var)
+        ctx.constants, ctx.backend = (eps, slope), choice
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        if torch.is_grad_enabled() or not is_plain(dz):
+            return None, *_first_gradient(ctx, dz, training=True), *[None] * 5
+        input, *saved = ctx.saved_tensors
+        _, needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dy, grad_weight, grad_bias = ctx.backend.run(
+            "bn_act_grad", like(dz, input), input, *saved, *ctx.constants, True, needs_input, needs_weight or needs_bias
+        )
+        return (
+            None, dy if needs_input else None, grad_weight if needs_weight else None, grad_bias if needs_bias else None,
+            *[None] * 5,
+        )  # fmt: skip
 
 
 class _Eval(torch.autograd.Function):
@@ -346,7 +428,7 @@ def _split(name: str):
         *args, backend = given
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         y = tensors[1] if name in ("bn_act_reduce", "bn_act_backward") else tensors[0]
-        return runner("bn_act", y, backend)(name, *args)
+        return choose("bn_act", y, backend).run(name, *args)
 
     return implementation
 
@@ -355,7 +437,7 @@ def _update(running_mean, running_var, mean, var, n, momentum, backend):
     if backend is None and not mean.is_cuda:  # O(C) on CPU: not worth a choice
         run("eager", "update_running_stats", running_mean, running_var, mean, var, n, momentum)
         return
-    runner("bn_act", mean, backend)("update_running_stats", running_mean, running_var, mean, var, n, momentum)
+    choose("bn_act", mean, backend).run("update_running_stats", running_mean, running_var, mean, var, n, momentum)
     torch.autograd.graph.increment_version((running_mean, running_var))
 
 

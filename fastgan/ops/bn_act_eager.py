@@ -145,4 +145,5 @@ define(
     },
     settle,
     noise,
+    whole=("bn_act_train", "bn_act_eval", "bn_act_grad"),
 )

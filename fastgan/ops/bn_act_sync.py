@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgan.backends import runner
+from fastgan.backends import choose
 from fastgan.ops.bn_act import parameters
 from fastgan.ops.bn_act_eager import apply, dense, like, stat_dtype
 
@@ -72,7 +72,7 @@ class _Synchronised(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, eps, slope, group, backend):
         backend = backend if input.numel() else "eager"
-        run = runner("bn_act", input, backend)
+        run = choose("bn_act", input, backend).run
         mean = m2 = input.new_zeros(input.shape[1], dtype=stat_dtype(input))
         if input.numel():
             mean, m2 = run("bn_stats", input)
@@ -95,7 +95,7 @@ class _Synchronised(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_linked_gradients(dz, input, weight, bias, n, eps, slope, group, needed), *[None] * 4
         dz = like(dz, input)
-        run = runner("bn_act", input, backend)
+        run = choose("bn_act", input, backend).run
         args = (dz, input, mean, invstd, *parameters(input, weight, bias), slope)
         local = run("bn_act_reduce", *args)
         dy = None

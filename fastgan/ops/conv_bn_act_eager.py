@@ -17,6 +17,9 @@ and its zero padding comes after that. **The contract** of a kernel (`fastgan/ba
     block_constants(Tensor y, Tensor? parts, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var,
         float eps, float momentum) -> Tensor [mu, s, beta, 1/std]
     block_gradient_constants(Tensor parts, Tensor constants, int count) -> (Tensor [A, B, C, mu], Tensor [2, C])
+    convolve_block_constants(convolve's up to size, block_constants' from weight on) -> (Tensor y, Tensor [4, C])
+    convolve_block_gradient_constants(convolve's up to size without bias, out_y, out_constants, out_slope, int count)
+        -> (Tensor y, Tensor [4, C], Tensor [2, C])
 
 `geometry` is (kernel, stride, padding, dilation), pairs of ints, of a convolution from its large side to its small one
 of `size`; with `to_large` the same convolution is transposed, which is also its gradient. The weight is [F, G, R, S], F
@@ -26,7 +29,8 @@ tensor whose gradient the result is, the result is multiplied by phi'(v(out_y)) 
 with out_y - mu) as [2, P, C]; else it is [0, P, C]. `block_constants` combines the parts and updates the running
 statistics in the same pass (all None: no statistics are kept); without parts it takes the running ones.
 `block_gradient_constants` returns dgamma and dbeta beside the constants; count 0 means frozen statistics (B = C = 0),
-else it is the number of values per channel.
+else it is the number of values per channel. The last two are a convolution and what makes constants of its sums in one;
+apart they are what a combination over processes comes between.
 
 What the caller guarantees: one device; activations channels-last and of one dtype, weight and bias of the same;
 constants and parts in the stat dtype (fp32, or fp64 where the tensors are fp64); groups = 1. What the kernel
@@ -151,6 +155,27 @@ def block_gradient_constants(parts: Tensor, constants: Tensor, count: int) -> tu
     return torch.stack([scale, along, constant, mean]), torch.stack([grad_weight, grad_bias])
 
 
+def convolve_block_constants(
+    value: Tensor, second: Tensor | None, constants: Tensor | None, slope: float,
+    weight: Tensor, bias: Tensor | None, geometry: Geometry, to_large: bool, size: tuple[int, int],
+    bn_weight: Tensor | None, bn_bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
+    eps: float, momentum: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    how = (value, second, constants, slope, weight, bias, geometry, to_large, size, True)
+    y, parts = convolve(*how, None, None, 1.0)
+    return y, block_constants(y, parts, bn_weight, bn_bias, running_mean, running_var, eps, momentum)
+
+
+def convolve_block_gradient_constants(
+    value: Tensor, second: Tensor | None, constants: Tensor | None, slope: float,
+    weight: Tensor, geometry: Geometry, to_large: bool, size: tuple[int, int],
+    out_y: Tensor, out_constants: Tensor, out_slope: float, count: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    how = (value, second, constants, slope, weight, None, geometry, to_large, size, False)
+    y, parts = convolve(*how, out_y, out_constants, out_slope)
+    return y, *block_gradient_constants(parts, out_constants, count)
+
+
 def combined(parts: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     """(count, mean, m2) of all parts by Chan's rule, or the two sums."""
     if parts.shape[0] != 4:
@@ -167,25 +192,35 @@ def combined(parts: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
 
 
 def _comparable(name: str, result):
-    """Parts combined: how many a kernel returns is its own choice."""
-    if name != "convolve":
-        return result
-    y, parts = result
-    return (y, *combined(parts)[-2:]) if len(parts) else y
+    """What of a result is determined: of parts their combination, of constants each row by itself."""
+    if name == "convolve":
+        y, parts = result
+        return (y, *combined(parts)[-2:]) if len(parts) else y
+    if name == "convolve_block_constants":
+        return result[0], *result[1]
+    if name == "convolve_block_gradient_constants":
+        return result[0], *result[1][:3], *result[2]
+    return result
+
+
+# Where the split operations have the raw tensor whose gradient the result is, its constants and its slope.
+_OUT = {"convolve": slice(10, 13), "convolve_block_gradient_constants": slice(8, 11)}
 
 
 def settle(name: str, args: tuple) -> tuple:
     """Arguments without a v near 0, where rounding decides on which side of the kink it lies."""
-    if name != "convolve" or args[-3] is None:
+    if name not in _OUT or args[_OUT[name]][0] is None:
         return args
-    *before, y, constants, slope = args
+    y, constants, _ = args[_OUT[name]]
     far = y.abs().max() + 1
     if constants is None:
-        return *before, torch.where(y.abs() < 1e-6 * far, far, y), None, slope
-    mean, scale, shift, _ = constants.double()[:, :, None, None]
-    size = scale.abs() * (y.double().abs() + mean.abs()) + shift.abs()
-    near = operand(y.double(), None, constants.double(), 1.0).abs() < 8 * torch.finfo(constants.dtype).eps * size
-    return *before, torch.where(near, y + far, y), constants, slope
+        settled = torch.where(y.abs() < 1e-6 * far, far, y)
+    else:
+        mean, scale, shift, _ = constants.double()[:, :, None, None]
+        size = scale.abs() * (y.double().abs() + mean.abs()) + shift.abs()
+        near = operand(y.double(), None, constants.double(), 1.0).abs() < 8 * torch.finfo(constants.dtype).eps * size
+        settled = torch.where(near, y + far, y)
+    return *args[: _OUT[name].start], settled, *args[_OUT[name].start + 1 :]
 
 
 _VERIFY_ELEMENTS = 1 << 22
@@ -193,7 +228,12 @@ _VERIFY_ELEMENTS = 1 << 22
 
 def _few(name: str, args: tuple) -> tuple:
     """The first images only: a comparison in fp64 stays within milliseconds."""
-    activations = {"convolve": (0, 1, 10), "weight_gradient": (0, 1, 4, 5)}.get(name, ())
+    activations = {
+        "convolve": (0, 1, 10),
+        "convolve_block_constants": (0, 1),
+        "convolve_block_gradient_constants": (0, 1, 8),
+        "weight_gradient": (0, 1, 4, 5),
+    }.get(name, ())
     if not activations:
         return args
     image = max(args[i][0].numel() for i in activations if args[i] is not None)
@@ -207,17 +247,31 @@ def _noise(name: str, args: tuple) -> list[float]:
         parts, constants, _ = args
         largest = parts.abs().max().item() * max(1.0, constants.abs().max().item()) ** 2
         return [4 * torch.finfo(parts.dtype).eps * largest] * 2
-    if name != "convolve":
+    if name == "convolve_block_constants":
+        unmoved = (*args[:11], None, None, *args[13:])
+        y, _ = convolve_block_constants(*unmoved)
+        mean = 4 * torch.finfo(y.dtype).eps * y.abs().max().item()
+        return [0.0, mean, 0.0, 0.0, 0.0, *([mean, 0.0] if args[11] is not None else [])]
+    if name not in _OUT:
         return []
-    y, parts = convolve(*args)
+    y, parts = convolve(*_as_convolve(name, args))
     if not len(parts):
         return [0.0]
-    values = max(1, y.numel() // y.shape[1])
-    if args[9]:
+    if len(parts) == 4:
         return [0.0, 4 * torch.finfo(y.dtype).eps * y.abs().max().item(), 0.0]
-    far = (args[10].abs().max() + (0 if args[11] is None else args[11][0].abs().max())).item()
+    out_y, constants, _ = args[_OUT[name]]
+    values = max(1, y.numel() // y.shape[1])
+    far = (out_y.abs().max() + (0 if constants is None else constants[0].abs().max())).item()
     terms = 4 * torch.finfo(y.dtype).eps * values**0.5 * y.abs().max().item()
-    return [0.0, terms, terms * far]
+    if name == "convolve":
+        return [0.0, terms, terms * far]
+    scale, invstd = constants[1].abs().max().item(), constants[3].abs().max().item()
+    weight_terms, count = terms * far * invstd, max(1, args[-1])
+    return [0.0, 0.0, scale * invstd * weight_terms / count, scale * terms / count, weight_terms, terms]
+
+
+def _as_convolve(name: str, args: tuple) -> tuple:
+    return args if name == "convolve" else (*args[:5], None, *args[5:8], False, *args[8:11])
 
 
 define(
@@ -227,6 +281,8 @@ define(
         "weight_gradient": weight_gradient,
         "block_constants": block_constants,
         "block_gradient_constants": block_gradient_constants,
+        "convolve_block_constants": convolve_block_constants,
+        "convolve_block_gradient_constants": convolve_block_gradient_constants,
     },
     settle,
     _noise,

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import count, define, requested, runner, takes_definition
-from fastgan.ops._library import gradient_of_gradient, operations, register
+from fastgan.backends import choose, chosen, count, define, requested
+from fastgan.ops._library import direct, gradient_of_gradient, is_plain, register
 
 
 def gan_bce(
@@ -48,19 +48,24 @@ def gan_bce(
             f"fake_logits {fake_logits.dtype} on {fake_logits.device}; expected the same"
         )
     backend = requested(backend)
-    empty = 0 in (first.numel(), 1 if fake_logits is None else fake_logits.numel())
-    if empty or takes_definition("gan_bce", first, backend):
+    empty = first.numel() == 0 or (fake_logits is not None and fake_logits.numel() == 0)
+    choice = None if empty else chosen("gan_bce", first, backend)
+    if choice is None:
         count("eager", "gan_bce")
         loss_real, d_real = _half(real_logits, real_target)
         loss_fake, d_fake = _half(fake_logits, fake_target)
         return loss_real, loss_fake, d_real, d_fake
     real = None if real_logits is None else real_logits.contiguous()
     fake = None if fake_logits is None else fake_logits.contiguous()
-    stats, _, _ = operations(first, fake).gan_bce(real, fake, real_target, fake_target, backend)
-    loss_real, loss_fake, d_real, d_fake = stats.unbind()
-    real_half = (None, None) if real is None else (loss_real, d_real.detach())
-    fake_half = (None, None) if fake is None else (loss_fake, d_fake.detach())
-    return real_half[0], fake_half[0], real_half[1], fake_half[1]
+    if is_plain(first, fake):
+        losses = _Losses.apply(choice.run, real, fake, real_target, fake_target)
+    else:
+        stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)
+        loss_real, loss_fake, d_real, d_fake = stats.unbind()
+        losses = (loss_real, loss_fake, d_real.detach(), d_fake.detach())
+    if real is not None and fake is not None:
+        return losses
+    return (losses[0], None, losses[2], None) if fake is None else (None, losses[1], None, losses[3])
 
 
 def gan_bce_generator(
@@ -135,7 +140,7 @@ define("gan_bce", {"gan_bce": _eager})
 
 
 def _forward(real, fake, real_target, fake_target, backend):
-    return runner("gan_bce", _some(real, fake), backend)("gan_bce", real, fake, real_target, fake_target)
+    return choose("gan_bce", _some(real, fake), backend).run("gan_bce", real, fake, real_target, fake_target)
 
 
 def _forward_fake(real, fake, real_target, fake_target, backend):
@@ -173,12 +178,43 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, dstats, _real, _fake):
         if dstats is None:
             return (None,) * 6
-        saved = ctx.saved_tensors
-        grads = operations(dstats, *saved).gan_bce_grad(dstats, *saved, *ctx.targets)
+        grads = torch.ops.fastgan.gan_bce_grad(dstats, *ctx.saved_tensors, *ctx.targets)
         return (
             None,
             *(g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:3], strict=True)),
             None,
+            None,
+            None,
+        )
+
+
+class _Losses(torch.autograd.Function):
+    """`_Forward` without the dispatcher: each loss is an output of its own, and nothing is taken apart afterwards."""
+
+    @staticmethod
+    def forward(ctx, run, real, fake, real_target, fake_target):
+        stats, grad_real, grad_fake = run("gan_bce", real, fake, real_target, fake_target)
+        ctx.save_for_backward(grad_real, grad_fake, real, fake)
+        ctx.targets = real_target, fake_target
+        losses = stats.unbind()
+        ctx.mark_non_differentiable(*losses[2:])
+        ctx.set_materialize_grads(False)
+        return losses
+
+    @staticmethod
+    def backward(ctx, dreal, dfake, *_):
+        grad_real, grad_fake, real, fake = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a gradient of this gradient
+            zero = grad_real.new_zeros((), dtype=_stat_dtype(_some(real, fake)))
+            dstats = torch.stack([zero if d is None else d for d in (dreal, dfake, None, None)])
+            ops = direct if is_plain(dstats, real, fake) else torch.ops.fastgan
+            grads = ops.gan_bce_grad(dstats, grad_real, grad_fake, real, fake, *ctx.targets)
+            return None, *(g if x is not None else None for g, x in zip(grads, (real, fake), strict=True)), None, None
+        _, needs_real, needs_fake, *_ = ctx.needs_input_grad
+        return (
+            None,
+            (dreal * grad_real).to(real.dtype) if needs_real and dreal is not None else None,
+            (dfake * grad_fake).to(fake.dtype) if needs_fake and dfake is not None else None,
             None,
             None,
         )

@@ -1,6 +1,5 @@
 """The training loop, top to bottom: build, (resume,) step, report, sample, save."""
 
-import fcntl
 import math
 import signal
 import threading
@@ -17,10 +16,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from fastgan import images, optim
-from fastgan.backends import use_backend, why_not
+from fastgan.backends import use_backend
 from fastgan.data import Batches, DataWarning, PreparedImages, prepare, to_uint8
+from fastgan.devices import check_backend, choose_device, choose_precision
 from fastgan.ema import Ema
-from fastgan.errors import BackendError, CheckpointError, FastganError, Interrupted
+from fastgan.errors import CheckpointError, FastganError, Interrupted
 from fastgan.nn import Discriminator
 from fastgan.sample import build_generator, draw_latents
 from fastgan.step import GanStep
@@ -29,6 +29,7 @@ from fastgan.train.config import TrainConfig, check_resumable, save_config
 from fastgan.train.log import Log, require_tensorboard
 from fastgan.train.processes import Processes
 from fastgan.train.progress import Progress, duration
+from fastgan.train.run_folder import lock, make_run_folder
 from fastgan.versions import device_name, versions
 
 GRID = 64  # fixed latents whose images are followed through training
@@ -124,7 +125,7 @@ class Trainer:
         else:
             self.run_folder = processes.told(make_run_folder(config) if processes.leads else None)
         if processes.leads:
-            self._lock = _lock(self.run_folder)
+            self._lock = lock(self.run_folder)
         if config.resume is not None:
             self._load(config.resume)
 
@@ -397,83 +398,6 @@ def _catch_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. FastganError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise FastganError(f"--device: expected auto, cpu, cuda or cuda:N; got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise FastganError(f"--device: expected auto, cpu, cuda or cuda:N; got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise FastganError(f"--device: {name} was asked for, but torch {torch.__version__} finds no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FastganError(f"--device: {name} was asked for; there are {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations; `auto` is 16 bits where the hardware multiplies them faster."""
-    if name == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if name == "fp16" and device.type == "cpu":
-        raise FastganError("--precision: fp16 is for CUDA; on a CPU take fp32 or bf16")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def check_backend(name: str, device: torch.device, precision: torch.dtype) -> None:
-    """Raise BackendError where the backend that was asked for cannot run; the words are those of `fastgan.info`."""
-    if name != "auto" and (reason := why_not(name, device=device.type, dtype=precision)) is not None:
-        raise BackendError(f"--backend: {reason}")
-
-
-def make_run_folder(config: TrainConfig) -> Path:
-    """Create `config.out`, or the next free runs/NNNNN-name; FastganError where something is there already."""
-    if config.out is not None:
-        if config.out.exists() and not _is_free(config.out):
-            raise FastganError(
-                f"--out: {config.out} is there already and not empty; choose another folder, "
-                f"or go on with --resume {config.out}"
-            )
-        config.out.mkdir(parents=True, exist_ok=True)
-        return config.out
-    name = Path(config.data).stem if not config.data.startswith("torchvision:") else config.data.split(":")[1]
-    runs = Path("runs")
-    runs.mkdir(exist_ok=True)
-    for _ in range(1000):
-        numbers = [int(path.name[:5]) for path in runs.iterdir() if path.name[:5].isdigit()]
-        folder = runs / f"{max(numbers, default=0) + 1:05d}-{name}-{config.image_size}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:  # another process took the number
-            continue
-    raise FastganError("runs/: no free run number; pass --out")
-
-
-def _is_free(folder: Path) -> bool:
-    """Whether a run may begin in `folder`: nothing is there but what a run left that never saved a checkpoint."""
-    own = {".lock", "config.json", "log.jsonl", "samples", "checkpoints", "report.html"}
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= own and not checkpoint.saved(folder)
-
-
-def _lock(run: Path) -> IO[str]:
-    """Hold `run` for this process until the file is closed or the process ends, however it ends."""
-    lock = open(run / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held for as long as the run
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise FastganError(
-            f"{run}: another process is training in this folder; wait for it or choose another"
-        ) from None
-    return lock
 
 
 @contextmanager
