@@ -1,6 +1,9 @@
 """Building at install and just in time: what happens when something is missing, wrong, killed or shared."""
 
+import ast
+import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -16,6 +19,9 @@ from fastgan import build, library
 from fastgan.errors import BackendError
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import build_times  # noqa: E402
+
 LOAD = """
 import ctypes, sys
 from pathlib import Path
@@ -215,6 +221,14 @@ def test_library_of_another_world_is_not_loaded(key, value, message):
     assert library.mismatch(record | {key: value}, "cuda").startswith(message)
 
 
+def test_library_with_a_damaged_record_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "_package_file", lambda name: tmp_path / name)
+    (tmp_path / "libfastgan_cpu.json").write_text("{")
+    record, reason = library._prebuilt("cpu")
+    assert record is None
+    assert reason.startswith("its record is damaged (")
+
+
 # --- what is missing or wrong ---------------------------------------------------------------------
 
 
@@ -292,6 +306,42 @@ def test_gencode_flags():
     )
 
 
+# --- docs/building.md ------------------------------------------------------------------------------
+
+
+def test_page_shows_the_measured_times():
+    text = build_times.PAGE.read_text(encoding="utf-8")
+    measured = json.loads(build_times.RESULT.read_text())
+    assert build_times.written(text, measured) == text, "run python benchmarks/build_times.py"
+    (value, *_) = measured["seconds"].values()
+    assert f"{value} s" in text
+
+
+def message_patterns():
+    """What each text in the code looks like once its variables are filled in."""
+    for file in (build.__file__, library.__file__, ROOT / "setup.py"):
+        nodes = list(ast.walk(ast.parse(Path(file).read_text())))
+        whole = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+        inside = {part for node in whole for part in node.values}
+        whole += [node for node in nodes if isinstance(node, ast.Constant) and node not in inside]
+        for node in whole:
+            parts = [getattr(part, "value", None) for part in getattr(node, "values", [node])]
+            fixed = [part if isinstance(part, str) else None for part in parts]
+            if len("".join(filter(None, fixed))) > 20:
+                yield "".join(".+" if text is None else re.escape(text.replace("`", "'")) for text in fixed)
+
+
+def test_page_quotes_what_the_code_says():
+    said = "|".join(message_patterns())
+    section = build_times.PAGE.read_text(encoding="utf-8").partition("## What can go wrong")[2].partition("\n## ")[0]
+    rows = "".join(row for row in section.splitlines() if row.startswith("| "))
+    quoted = [quote for quote in re.findall("`([^`]+)`", rows) if len(quote) > 40 and not quote.startswith("test_")]
+    assert len(quoted) > 15
+    for quote in quoted:
+        assert re.fullmatch(said, quote) or re.fullmatch(said, quote.removeprefix("fastgan: ")), quote
+    assert not re.fullmatch(said, "nvcc was not found (looked everywhere); install it, then install fastgan again")
+
+
 # --- setup.py and the wheel -----------------------------------------------------------------------
 
 
@@ -363,6 +413,7 @@ def test_wheel_holds_every_source_and_builds_elsewhere(checkout, tmp_path):
         "print(fastgan.__file__, build.CSRC, torch.ops.fastgan_cpu.instruction_set())"
     )
     environment = os.environ | {"PYTHONPATH": str(target), "FASTGAN_CACHE": str(tmp_path / "cache")}
+    environment |= {"CXXFLAGS": "-O0"}  # that the sources are complete shows without optimising, too
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )

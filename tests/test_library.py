@@ -97,6 +97,7 @@ def test_smaller_instruction_sets_are_linked_first():
 
 
 def test_unknown_library_lists_the_known_ones(monkeypatch):
+    monkeypatch.delenv("FASTGAN_JIT", raising=False)
     monkeypatch.setattr(library, "_outcomes", {})
     with pytest.raises(BackendError, match=r"library must be one of cpu, cuda, simt; got 'tpu'"):
         library.load("tpu")
