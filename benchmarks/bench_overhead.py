@@ -123,7 +123,10 @@ def pairs() -> dict[str, tuple[Callable, Callable]]:
         "gan_bce cpu backward": (cpu_losses_backward, backward_of(sum(cpu_gan_bce()[:2]), REAL, FAKE)),
         "gan_bce_generator eager": (lambda: gan_bce_generator(FAKE, backend="eager"), lambda: eager_half(FAKE, 1)),
         "bn_act cpu, or eager": (cpu, lambda: eager_bn_act(Y)),
-        "bn_act cpu backward, or eager": (cpu_backward, backward_of(eager_bn_act(Y, None, None), Y, WEIGHT, BIAS)),
+        "bn_act cpu backward, or eager": (
+            cpu_backward,
+            backward_of(eager_bn_act(Y, MEAN.clone(), VAR.clone()), Y, WEIGHT, BIAS),  # which nobody changes meanwhile
+        ),
         "gan_bce cpu, or eager": (cpu_losses, eager_gan_bce),
         "gan_bce cpu backward, or eager": (
             cpu_losses_backward, backward_of(sum(eager_gan_bce()[:2]), REAL, FAKE),

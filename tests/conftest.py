@@ -6,7 +6,16 @@ import triton_device  # noqa: F401  Triton's kernels see at import whether they 
 from pair import pair  # noqa: F401  two processes in one group
 from planted import planted_kernels  # noqa: F401  a fixture of the kernels' tests
 
+from fastgan import backends
 from fastgan.train import preset
+
+
+@pytest.fixture(autouse=True)
+def needs_the_cpu_kernels(request):
+    """Skip a test with parameter backend="cpu" where they cannot run, with the reason."""
+    given = getattr(request.node, "callspec", None)
+    if given and given.params.get("backend") == "cpu" and (reason := backends.why_not("cpu", device="cpu")) is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -19,3 +19,6 @@ else:
     # A tile operation costs the interpreter a millisecond, whatever its size: the convolutions get few, large ones.
     # Tests of ragged tiles and deep reductions ask for small ones themselves.
     tiles._HALVES = tiles._TF32 = tiles._PLAIN = (tiles.Tile(256, 128, 1024, 4, 1),)
+
+# Of the tests that hold every backend to the definition; "cpu" is skipped by conftest.py where it cannot be built.
+BACKENDS = ["eager", "triton"] if DEVICE == "cuda" else ["eager", "triton", "cpu"]

@@ -116,6 +116,8 @@ struct Block {
     });
   }
 
+  // Frozen: the statistics do not depend on y, and 0 times its infinity must not reach the gradient.
+  template <bool frozen>
   void backward(const T* dz, const T* y, T* dy, T slope) const {
     Vec<T> slopes = splat(slope);
     each([&](int64_t i, int64_t n) __attribute__((always_inline)) {
@@ -124,7 +126,7 @@ struct Block {
       return [=](int64_t at) __attribute__((always_inline)) {
         Vec<T> deviation = load(y + at, n) - mean, g = load(dz + at, n);
         g = fma(deviation, scale, shift) > Vec<T>{} ? g : g * slopes;
-        store(dy + at, fma(a, g, fma(b, deviation, c)), n);
+        store(dy + at, frozen ? a * g : fma(a, g, fma(b, deviation, c)), n);
       };
     });
   }
@@ -210,7 +212,8 @@ struct Block {
 
 // One task: `count` pixels (of one channel where the layout is contiguous), a piece of the first-level cache at a time.
 template <class S, class T, bool channels_last>
-void run_task(const BnAct& p, int64_t image, int64_t channel, int64_t begin, int64_t count, double* sums) {
+void run_task(const BnAct& p, int64_t image, int64_t channel, int64_t begin, int64_t count, bool frozen,
+              double* sums) {
   constexpr int64_t piece = 16384 / sizeof(T);
   int64_t step = channels_last ? std::clamp<int64_t>(piece / p.C, 4, 256) : piece, row = channels_last ? p.C : 1;
   int64_t first = channels_last ? begin * p.C : (image * p.C + channel) * p.S + begin;
@@ -235,7 +238,8 @@ void run_task(const BnAct& p, int64_t image, int64_t channel, int64_t begin, int
     } else {
       S* out = static_cast<S*>(p.out) + first + at;
       T* result = staging(out, n, Scratch::image);
-      if (p.step == BnActStep::backward) b.backward(gradients, values, result, slope);
+      if (p.step == BnActStep::backward && frozen) b.template backward<true>(gradients, values, result, slope);
+      else if (p.step == BnActStep::backward) b.template backward<false>(gradients, values, result, slope);
       else if (p.slope == 0) b.template apply<true>(values, result, slope);
       else b.template apply<false>(values, result, slope);
       narrow(result, out, n);
@@ -257,12 +261,17 @@ void run(const BnAct& p) {
   int64_t pixels = channels_last ? std::max<int64_t>(task_values / p.C, 16) : task_values;
   int64_t cuts = (unit + pixels - 1) / pixels, blocks = channels_last ? cuts : p.N * cuts;
   bool sums = p.step == BnActStep::statistics || p.step == BnActStep::reduce;
+  bool frozen = false;
+  if (p.step == BnActStep::backward) {
+    auto rows = static_cast<const T*>(p.constants) + row_backward_b * p.C;
+    frozen = std::all_of(rows, rows + 2 * p.C, [](T x) { return x == 0; });
+  }
   double* partial = sums ? scratch<double>(Scratch::partial, blocks * 2 * p.C) : nullptr;
   if (sums) std::fill_n(partial, blocks * 2 * p.C, 0.0);
   parallel(channels_last ? cuts : p.N * p.C * cuts, [&](int64_t task) {
     int64_t cut = task % cuts, plane = task / cuts, image = channels_last ? 0 : plane / p.C;
     run_task<S, T, channels_last>(p, image, channels_last ? 0 : plane % p.C, cut * pixels, std::min(pixels, unit - cut * pixels),
-                                  sums ? partial + (image * cuts + cut) * 2 * p.C : nullptr);
+                                  frozen, sums ? partial + (image * cuts + cut) * 2 * p.C : nullptr);
   });
   if (sums) {
     std::vector<double> result(2 * p.C);
