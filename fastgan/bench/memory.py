@@ -1,5 +1,6 @@
 """Memory: what the forward pass keeps for the backward pass, and the peak of a process that trains."""
 
+import ctypes
 import dataclasses
 import gc
 import json
@@ -56,12 +57,21 @@ def peak_bytes(case: Case, provider: str, device: torch.device) -> int | None:
 def _peak(case: Case, provider: str, device: torch.device) -> int | None:
     competitor = providers(device, options=True)[provider]
     competitor.step(dataclasses.replace(case, batch_size=2), device)()  # libraries loaded, threads started
+    _give_back_freed()
     before = _status("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated(device)
     step = competitor.step(case, device)
     for _ in range(2):
         step()
     after = _status("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
     return None if before is None or after is None else after - before
+
+
+def _give_back_freed() -> None:
+    """To the system, where the C library can: what the first step freed would count as taken, and its reuse as nothing."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status(key: str) -> int | None:
