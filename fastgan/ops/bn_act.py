@@ -428,7 +428,9 @@ def _split(name: str):
         *args, backend = given
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         y = tensors[1] if name in ("bn_act_reduce", "bn_act_backward") else tensors[0]
-        return choose("bn_act", y, backend).run(name, *args)
+        out = choose("bn_act", y, backend).run(name, *args)
+        # A kernel may return two rows of one tensor; results of a registered operation must not share memory.
+        return tuple(t.clone() for t in out) if isinstance(out, tuple) else out
 
     return implementation
 
