@@ -67,7 +67,7 @@ def _peak(case: Case, provider: str, device: torch.device) -> int | None:
 
 
 def _give_back_freed() -> None:
-    """To the system, where the C library can: what the first step freed would count as taken, and its reuse as nothing."""
+    """To the system, where the C library can: else what the first step freed counts as taken, its reuse as nothing."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
