@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, chosen, count, define, requested
+from fastgan.backends import choose, chosen, count, define
 from fastgan.ops._library import direct, gradient_of_gradient, is_plain, register
 
 
@@ -47,10 +47,8 @@ def gan_bce(
             f"gan_bce: real_logits are {first.dtype} on {first.device}, "
             f"fake_logits {fake_logits.dtype} on {fake_logits.device}; expected the same"
         )
-    backend = requested(backend)
-    empty = first.numel() == 0 or (fake_logits is not None and fake_logits.numel() == 0)
-    choice = None if empty else chosen("gan_bce", first, backend)
-    if choice is None:
+    choice = chosen("gan_bce", first, backend)
+    if choice.definition or (fake_logits is not None and fake_logits.numel() == 0):
         count("eager", "gan_bce")
         loss_real, d_real = _half(real_logits, real_target)
         loss_fake, d_fake = _half(fake_logits, fake_target)
@@ -60,7 +58,7 @@ def gan_bce(
     if is_plain(first, fake):
         losses = _Losses.apply(choice.run, real, fake, real_target, fake_target)
     else:
-        stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)
+        stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, choice.asked)
         loss_real, loss_fake, d_real, d_fake = stats.unbind()
         losses = (loss_real, loss_fake, d_real.detach(), d_fake.detach())
     if real is not None and fake is not None:
