@@ -262,6 +262,8 @@ class Choice(NamedTuple):
     definition: bool  # the plain PyTorch expression runs, without the custom operation's wrapping
     whole: tuple[Callable[..., Any], ...]  # the backend's whole kernels for the operation, counted, if it has them
     dense: bool  # the tensor is contiguous or channels-last
+    single: bool  # it has one value per channel
+    plain: bool  # it is itself and has memory: no fake, meta or traced tensor
 
 
 _choices: dict[tuple, Choice] = {}
@@ -273,7 +275,8 @@ def choose(operation: str, tensor: Tensor, backend: str | Choice | None = None) 
     run. A choice that was made already is returned as it is."""
     if isinstance(backend, Choice):
         return backend
-    key = (operation, backend, tensor.device, tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
+    where = tensor.is_cpu or tensor.device  # a device costs more to make than to have
+    key = (operation, backend, where, tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
     return _choices.get(key) or _remember(tensor, key)
 
 
@@ -283,13 +286,16 @@ def _remember(tensor: Tensor, key: tuple) -> Choice:
         _choices.clear()
     decision = decide(operation, tensor, backend)
     name = decision.backend if tensor.numel() else "eager"  # no kernel takes an empty tensor
+    plain = type(tensor) in PLAIN and not tensor.is_meta
     _choices[key] = Choice(
         decision,
         runner_of(name, tensor, forced=backend is not None),
         backend,
         definition=name == "eager",
-        whole=_whole_kernels(operation, name) if tensor.is_cpu and type(tensor) in PLAIN else (),
+        whole=_whole_kernels(operation, name) if plain and tensor.is_cpu else (),
         dense=layout(tensor) != "strided",
+        single=_is_single(tensor),
+        plain=plain,
     )
     return _choices[key]
 
@@ -311,14 +317,19 @@ def _counted(backend: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def _is_single(tensor: Tensor) -> bool:
+    return tensor.dim() > 1 and tensor.numel() == tensor.shape[1]
+
+
 def chosen(operation: str, tensor: Tensor, backend: str | None) -> Choice:
     """`choose` for a call of a public function: by what is `requested`, and seen by `explain`. Traced code decides at
     run time instead, inside the operation, unless eager is forced."""
     asked = _forced if backend is None else backend
     if torch.compiler.is_compiling():
-        return Choice(_AT_RUN_TIME, _undecided, asked, definition=asked == "eager", whole=(), dense=False)
+        return Choice(_AT_RUN_TIME, _undecided, asked, asked == "eager", (), False, _is_single(tensor), False)
     # As in `choose`: a call would cost more than the line.
-    key = (operation, asked, tensor.device, tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
+    where = tensor.is_cpu or tensor.device
+    key = (operation, asked, where, tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
     choice = _choices.get(key) or _remember(tensor, key)
     if _recorder is not None:
         _recorder(operation, tensor, choice.decision)

@@ -73,23 +73,23 @@ def bn_act(
             input, running_mean, running_var, weight, bias, momentum, eps, negative_slope, process_group, backend
         )
     choice = chosen("bn_act", input, backend)
-    if choice.whole and eps > 0 and (training or running_mean is not None) and not is_heard():
-        if not choice.dense:
-            input = dense(input)
-        how = (choice, training, eps, negative_slope)
-        try:
-            return _Whole.apply(how, input, weight, bias, running_mean, running_var, momentum)
-        except RuntimeError:  # the kernel checks its arguments; this says what is wrong with them
-            _check(input, running_mean, running_var, weight, bias, training, eps)
-            raise
+    try:  # torch's function and the whole kernels check their arguments themselves; `_check` explains
+        if choice.definition and not (training and (choice.single or eps <= 0)):
+            count("eager", "bn_act")
+            cudnn = torch.backends.cudnn.enabled
+            v = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn)
+            return activation(v, negative_slope)
+        if choice.whole and eps > 0 and (training or running_mean is not None) and not is_heard():
+            if not choice.dense:
+                input = dense(input)
+            how = (choice, eps, negative_slope, training, running_mean, running_var, momentum)
+            return _Whole.apply(how, input, weight, bias)
+    except (RuntimeError, ValueError):
+        _check(input, running_mean, running_var, weight, bias, training, eps)
+        raise
     _check(input, running_mean, running_var, weight, bias, training, eps)
-    if choice.definition:
-        count("eager", "bn_act")
-        cudnn = torch.backends.cudnn.enabled
-        v = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn)
-        return activation(v, negative_slope)
     input = dense(input)
-    if is_plain(input, weight, bias, running_mean, running_var):
+    if choice.plain and not is_heard():
         if training:
             return direct.bn_act_train(
                 input, weight, bias, eps, negative_slope, choice, running_mean, running_var, momentum
@@ -121,7 +121,7 @@ def act(input: Tensor, negative_slope: float, backend: str | None, *statistics_a
         count("eager", "act")
         return activation(input, negative_slope)
     constants = (None, None, None, None, 0.0, negative_slope)
-    if is_plain(input):
+    if choice.plain and not is_heard():
         return direct.bn_act_eval(dense(input), *constants, choice)
     return torch.ops.fastgan.bn_act_eval(dense(input), *constants, choice.asked)
 
@@ -302,9 +302,9 @@ class _Whole(torch.autograd.Function):
     """Either of them and the update of the running statistics by a backend's whole kernels, with nothing in between."""
 
     @staticmethod
-    def forward(ctx, how, input, weight, bias, mean, var, momentum):
+    def forward(ctx, how, input, weight, bias):
         ctx.how = how
-        choice, training, eps, slope = how
+        choice, eps, slope, training, mean, var, momentum = how
         train, evaluate, _ = choice.whole
         if training:
             running = mean, var
@@ -318,18 +318,17 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        choice, training, *constants = ctx.how
+        choice, eps, slope, training, *_ = ctx.how
         if torch.is_grad_enabled() or is_heard() or type(dz) is not Tensor:
-            return None, *_first_gradient(ctx, dz, training, constants, choice), None, None, None
+            return None, *_first_gradient(ctx, dz, training, (eps, slope), choice)
         input, weight, bias, mean, var = ctx.saved_tensors
-        _, needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        _, needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        affine, dz = needs_weight or needs_bias, like(dz, input)
         dy, grad_weight, grad_bias = choice.whole[2](
-            like(dz, input), input, weight, bias, mean, var, *constants, training, needs_input,
-            needs_weight or needs_bias,
-        )  # fmt: skip
+            dz, input, weight, bias, mean, var, eps, slope, training, needs_input, affine
+        )
         return (
             None, dy if needs_input else None, grad_weight if needs_weight else None, grad_bias if needs_bias else None,
-            None, None, None,
         )  # fmt: skip
 
 
