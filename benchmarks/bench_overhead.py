@@ -11,7 +11,7 @@ allocations and autograd's own work are thus in both columns, and what is left i
 backend, the way to it, counting, version counters, what second gradients need.
 
 Rows named "or eager" have PyTorch's own functions on the right: what it costs, or saves, to take the CPU kernels on a
-tensor so small that only calls count. Below stand the floors, costs of torch that are in both columns of the "cpu" rows:
+tensor so small that only calls count. Below stand the floors, costs of torch that both columns of the "cpu" rows have:
 of entering and leaving a custom function that computes nothing, and of calling an operator.
 """
 
