@@ -80,10 +80,11 @@ PARAMETERS = {
 
 
 def seeds(case: Case) -> range:
-    """Sums of a few channels need several draws: each may be right, or PyTorch's, by luck. Of 288 draws pooled the
-    ratio of the errors was 1.3 at most, of 24 it reached 4.2, of 96 1.7."""
+    """Sums of a few channels need several draws: each may be right, or PyTorch's, by luck. In fp32, where the errors
+    are those of the additions alone, the ratio was 0.7 to 1.3 of 288 sums pooled, up to 1.9 of 48 and 4.2 of 24."""
     channels = case.large_channels if case.to_large else case.small_channels
-    return range(1 if case.epilogue == "store" or case.dtype == torch.float64 else -(-96 // channels))
+    alone = case.epilogue == "store" or case.dtype == torch.float64
+    return range(1 if alone else -(-(64 if case.dtype == torch.float32 else 24) // channels))
 
 
 def check(case: Case, each: bool = False) -> None:
