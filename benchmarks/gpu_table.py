@@ -1,6 +1,7 @@
 """Write the tables of docs/gpu.md: `python benchmarks/gpu_table.py`.
 
-docs/data/traffic.json is what `python benchmarks/traffic.py --json` counted and modelled, tests/aot_budget.json what
+docs/data/traffic.json is what `python benchmarks/traffic.py --json` counted and modelled, docs/data/waves.json what
+`python benchmarks/waves.py --json` counted, tests/aot_budget.json what
 `python tests/aot.py --write` read in the compiled kernels. The page holds a table between `<!-- NAME -->` and
 `<!-- end -->`.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
 TRAFFIC = ROOT / "docs" / "data" / "traffic.json"
+WAVES = ROOT / "docs" / "data" / "waves.json"
 BUDGET = ROOT / "tests" / "aot_budget.json"
 # Kinds of launches that ATen names one by one.
 KINDS = {
@@ -95,6 +97,17 @@ def resources() -> str:
     ])  # fmt: skip
 
 
+def waves() -> str:
+    rows = json.loads(WAVES.read_text(encoding="utf-8"))
+    heads = ["DCGAN, batch", "card", "launches", "of one wave", "of two waves", "of more", "places empty",
+             "persistent saves at most"]  # fmt: skip
+    return table(heads, [
+        [f"{row['image_size']}, {row['batch_size']}", row["card"], *(str(row[key]) for key in heads[2:6]),
+         *(f"{100 * row[key]:.0f} %" for key in heads[6:])]
+        for row in rows
+    ])  # fmt: skip
+
+
 def source() -> str:
     data = traffic()
     card = data["card"]
@@ -105,7 +118,7 @@ def source() -> str:
     )
 
 
-TABLES = {f.__name__: f for f in (modelled, launches, passes, resources, source)}
+TABLES = {f.__name__: f for f in (modelled, launches, passes, resources, waves, source)}
 
 
 def written(text: str) -> str:

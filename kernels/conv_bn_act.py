@@ -6,7 +6,9 @@ stored tensor mapped while it is loaded. Its rows are output pixels, its columns
 over the kernel's positions and the operand's channels, in blocks of one position each or, where the channels are few,
 over both folded into one axis. From the large side of a strided convolution to the small one every position counts for
 every pixel; to the large side (a transposed convolution, or the gradient of a plain one) the output falls into
-stride^2 sub-pixel phases, each with positions of its own (`conv_transpose_bn_act.py`), and a program belongs to one.
+stride^2 sub-pixel phases, each with positions of its own (`conv_transpose_bn_act.py`). A program belongs to one, and
+those that read the same pixels follow one another, so that they find them in the cache; or, for a few output channels,
+the columns are the channels of all phases (*merged*), and one program reads for all.
 
 Every tensor is channels-last. What the epilogue sums is stored per tile; where the statistics are of this process
 alone, the last program combines the tiles in a fixed order and writes the next operand's constants
@@ -24,7 +26,7 @@ from fastgan.kernels.conv_bn_act_constants import _finish, block_constants, bloc
 from fastgan.kernels.conv_bn_act_operand import _operand, _pixels, accumulator, kind_of, precision_of
 from fastgan.kernels.conv_bn_act_tiles import LEAST, depth_of_few, tile_of
 from fastgan.kernels.conv_bn_act_wgrad import weight_gradient
-from fastgan.kernels.conv_transpose_bn_act import _phase_taps, lone_pixel_stride, spacing
+from fastgan.kernels.conv_transpose_bn_act import _meetings, _phase_taps, lone_pixel_stride, meetings, merges, spacing
 from fastgan.kernels.launch import launch
 from torch import Tensor
 
@@ -42,34 +44,43 @@ def _convolve_kernel(
     made, grads, counts, bn_weight, bn_bias, running_mean, running_var,
     images, height, width, channels, out_height, out_width, out_channels,
     per_channel, per_row, per_column, per_out_channel, eps: tl.float64, momentum: tl.float64, values: tl.float64,
-    TO_LARGE: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    STEP: tl.constexpr, OPERAND: tl.constexpr, SLOPE: tl.constexpr, EPILOGUE: tl.constexpr, OUT_SLOPE: tl.constexpr,
-    BIAS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TO_LARGE: tl.constexpr, MERGED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    DILATION: tl.constexpr, STEP: tl.constexpr, OPERAND: tl.constexpr, SLOPE: tl.constexpr, EPILOGUE: tl.constexpr,
+    OUT_SLOPE: tl.constexpr, BIAS: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(out_channels, BN)
-    tile = tl.program_id(0) // column_tiles
-    n = tl.program_id(0) % column_tiles * BN + tl.arange(0, BN)
-    real = n < out_channels
+    PHASES: tl.constexpr = STRIDE[0] * STRIDE[1] if TO_LARGE else 1
+    all_columns = out_channels * PHASES if MERGED else out_channels
+    column_tiles = tl.cdiv(all_columns, BN)
+    tile, tiles = tl.program_id(0) // column_tiles, tl.num_programs(0) // column_tiles
+    column = tl.program_id(0) % column_tiles * BN + tl.arange(0, BN)
+    real = column < all_columns
+    n = column % out_channels if MERGED else column
 
     # Which pixels the tile's rows are, which kernel positions count for them, and which input pixels those meet.
-    if TO_LARGE:
-        down, right = tl.program_id(1) // STRIDE[1], tl.program_id(1) % STRIDE[1]
+    if MERGED:
+        r0, s0 = (column // out_channels // STRIDE[1])[None, :], (column // out_channels % STRIDE[1])[None, :]
+        r_taps, s_taps = tl.cdiv(KERNEL[0], STRIDE[0]), tl.cdiv(KERNEL[1], STRIDE[1])
+        rows, columns = _meetings(out_height, STRIDE[0], PADDING[0]), _meetings(out_width, STRIDE[1], PADDING[1])
+        image, i, j, exists = _pixels(tile, BM, images, rows, columns)
+        top, left = i + PADDING[0] // STRIDE[0], j + PADDING[1] // STRIDE[1]
+        i, j = top[:, None] * STRIDE[0] + r0 - PADDING[0], left[:, None] * STRIDE[1] + s0 - PADDING[1]
+    elif TO_LARGE:
+        down, right = tile % PHASES // STRIDE[1], tile % PHASES % STRIDE[1]
         rows, columns = tl.cdiv(out_height - down, STRIDE[0]), tl.cdiv(out_width - right, STRIDE[1])
         some = tl.where(rows * columns > 0, images, 0)  # a phase beyond a small image has no pixel
-        image, i, j, exists = _pixels(tile, BM, some, tl.maximum(rows, 1), tl.maximum(columns, 1))
+        image, i, j, exists = _pixels(tile // PHASES, BM, some, tl.maximum(rows, 1), tl.maximum(columns, 1))
         r0, r_taps, top = _phase_taps(down, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], STEP[0])
         s0, s_taps, left = _phase_taps(right, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], STEP[1])
         top, left = i + top, j + left
-        i, j = i * STRIDE[0] + down, j * STRIDE[1] + right
-        move_r: tl.constexpr = -STEP[0] * DILATION[0] // STRIDE[0]
-        move_s: tl.constexpr = -STEP[1] * DILATION[1] // STRIDE[1]
+        i, j = (i * STRIDE[0] + down)[:, None], (j * STRIDE[1] + right)[:, None]
     else:
-        image, i, j, exists = _pixels(tile, BM, images, out_height, out_width)
         r0, s0, r_taps, s_taps = 0, 0, KERNEL[0], KERNEL[1]
+        image, i, j, exists = _pixels(tile, BM, images, out_height, out_width)
         top, left = i * STRIDE[0] - PADDING[0], j * STRIDE[1] - PADDING[1]
-        move_r: tl.constexpr = DILATION[0]
-        move_s: tl.constexpr = DILATION[1]
+        i, j = i[:, None], j[:, None]
+    move_r: tl.constexpr = -STEP[0] * DILATION[0] // STRIDE[0] if TO_LARGE else DILATION[0]
+    move_s: tl.constexpr = -STEP[1] * DILATION[1] // STRIDE[1] if TO_LARGE else DILATION[1]
     row = ((image * height + top) * width + left) * channels
     taps = r_taps * s_taps
 
@@ -93,18 +104,22 @@ def _convolve_kernel(
         a = tl.load(value + at, inside, 0.0)
         b = tl.load(second + at, inside, 0.0) if OPERAND == "gradient" else a
         a = _operand(a, b, constants, c[None, :], known[None, :], channels, inside, OPERAND, SLOPE, ACC)
-        of_weight = c * per_channel + (r0 + r * STEP[0]) * per_row + (s0 + s * STEP[1]) * per_column
-        matrix = tl.load(
-            weight + of_weight[:, None] + (n * per_out_channel)[None, :], known[:, None] & real[None, :], 0.0
-        )
+        if FOLD:
+            r, s = r[:, None], s[:, None]
+        r, s = r0 + r * STEP[0], s0 + s * STEP[1]
+        inside = known[:, None] & real[None, :]
+        if MERGED:  # one phase may have fewer positions than another
+            inside &= (r < KERNEL[0]) & (s < KERNEL[1])
+        at = (c * per_channel)[:, None] + r * per_row + s * per_column + (n * per_out_channel)[None, :]
+        matrix = tl.load(weight + at, inside, 0.0)
         acc = tl.dot(a, matrix, acc, input_precision=PRECISION, out_dtype=ACC)
 
     if BIAS:
         acc += tl.load(bias + n, real, 0.0).to(ACC)[None, :]
     filled = exists[:, None] & real[None, :]
-    at = ((image * out_height + i) * out_width + j)[:, None] * out_channels + n[None, :]
-    tiles = tl.num_programs(1) * tl.cdiv(tl.num_programs(0), column_tiles)
-    tile += tl.program_id(1) * tl.cdiv(tl.num_programs(0), column_tiles)
+    if MERGED:  # at the image's edges some phases lie outside
+        filled &= (i >= 0) & (i < out_height) & (j >= 0) & (j < out_width)
+    at = ((image[:, None] * out_height + i) * out_width + j) * out_channels + n[None, :]
     part = tile.to(tl.int64) * out_channels + n
     every = (tiles + tl.cdiv(tiles, GROUP) if GROUP else tiles).to(tl.int64) * out_channels
     if EPILOGUE == "backward" or EPILOGUE == "leaky backward":
@@ -215,24 +230,28 @@ def _convolve(
         phases, pixels = stride[0] * stride[1], triton.cdiv(size[0], stride[0]) * triton.cdiv(size[1], stride[1])
     else:
         phases, pixels = 1, size[0] * size[1]
+    columns = out_channels
     step = tuple(spacing(*axis) for axis in zip(stride, dilation, strict=True)) if to_large else (1, 1)
     epilogue = "statistics" if statistics else "store"
     if out_y is not None:
         epilogue = "leaky backward" if out_constants is None else "backward"
+    merged = to_large and epilogue == "store" and merges(size, out_channels, kernel, stride, padding, dilation)
+    if merged:
+        phases, columns, pixels = 1, phases * out_channels, meetings(size, stride, padding)
     acc, sums = accumulator(value)
     precision = precision_of(value)
     positions = triton.cdiv(kernel[0], step[0]) * triton.cdiv(kernel[1], step[1])
-    tile = tile_of(value, precision, images * pixels, out_channels, positions * channels, phases)
+    tile = tile_of(value, precision, images * pixels, columns, positions * channels, phases)
     fold = channels < tile.depth
     if channels < LEAST:
         tile = tile._replace(depth=depth_of_few(positions * channels, tile.depth))
-    tiles = triton.cdiv(images * pixels, tile.rows)
+    tiles = phases * triton.cdiv(images * pixels, tile.rows)
     shape = (images, out_channels, *size)
     y = torch.empty(shape, dtype=value.dtype, device=value.device, memory_format=torch.channels_last)
     rows = {"store": 0, "statistics": 4}.get(epilogue, 2)
-    column_tiles, group = triton.cdiv(out_channels, tile.columns), group_of(phases * tiles) if finish else 0
-    groups = triton.cdiv(phases * tiles, group) if finish else 0
-    parts = y.new_empty((rows, phases * tiles + groups, out_channels), dtype=sums)
+    column_tiles, group = triton.cdiv(columns, tile.columns), group_of(tiles) if finish else 0
+    groups = triton.cdiv(tiles, group) if finish else 0
+    parts = y.new_empty((rows, tiles + groups, out_channels), dtype=sums)
     if y.numel() == 0:
         return y, parts
     made, grads, *norm, eps, momentum, values = finish or (None,) * 6 + (0.0,) * 3
@@ -240,13 +259,14 @@ def _convolve(
     matrix = weight.contiguous(memory_format=torch.channels_last)
     strides = matrix.stride()
     launch(
-        _convolve_kernel, (tiles * column_tiles, phases), value,
+        _convolve_kernel, (tiles * column_tiles,), value,
         y, parts, value, second, constants, matrix, bias, out_y, out_constants, made, grads, counts, *norm,
         images, height, width, channels, *size, out_channels,
         strides[of_channel], strides[2], strides[3], strides[of_out], eps, momentum, values,
-        TO_LARGE=to_large, KERNEL=tuple(kernel), STRIDE=tuple(stride), PADDING=tuple(padding), DILATION=tuple(dilation),
-        STEP=step, OPERAND=kind_of(second, constants, slope), SLOPE=float(slope), EPILOGUE=epilogue,
-        OUT_SLOPE=float(out_slope), BIAS=bias is not None, FOLD=fold, GROUP=group, PRECISION=precision, ACC=acc,
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        TO_LARGE=to_large, MERGED=merged, KERNEL=tuple(kernel), STRIDE=tuple(stride), PADDING=tuple(padding),
+        DILATION=tuple(dilation), STEP=step, OPERAND=kind_of(second, constants, slope), SLOPE=float(slope),
+        EPILOGUE=epilogue, OUT_SLOPE=float(out_slope), BIAS=bias is not None, FOLD=fold, GROUP=group,
+        PRECISION=precision, ACC=acc, BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     return y, parts

@@ -65,7 +65,9 @@ def candidates(dtype: torch.dtype, precision: str, capability: int) -> tuple[Til
 
 def tile_of(value: Tensor, precision: str, rows: int, columns: int, depth: int, copies: int = 1) -> Tile:
     """The tile for a product of `rows` x `columns` with `depth` multiplications each, computed `copies` times over."""
-    for tile in candidates(value.dtype, precision, capability(value)):
+    listed = candidates(value.dtype, precision, capability(value))
+    # One that would be cut gives way to the one that is as wide as that: its warps were chosen for its width.
+    for tile in [t for t in listed if not any(t.rows == o.rows and columns <= o.columns < t.columns for o in listed)]:
         tile = tile._replace(
             rows=_extent(rows, tile.rows), columns=_extent(columns, tile.columns), depth=_extent(depth, tile.depth)
         )

@@ -69,6 +69,26 @@ def test_definition_is_the_papers(decoupled, step, dtype):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
+def test_the_definition_gives_torchs_fused_kernel_one_dtype_at_a_time(monkeypatch):
+    """On CUDA it refuses lists of several; bf16 convolutions beside fp32 BatchNorm are two."""
+    seen, fused = [], torch._fused_adam_
+
+    def one_dtype(params, *args, **options):
+        seen.append({param.dtype for param in params})
+        fused(params, *args, **options)
+
+    monkeypatch.setattr(torch, "_fused_adam_", one_dtype)
+    apart = [network(dtype, seed=index) for index, dtype in enumerate((torch.float32, torch.bfloat16))]
+    mixed = [[t.clone() for pair in zip(*tensors, strict=True) for t in pair] for tensors in zip(*apart, strict=True)]
+    for lists in (*apart, mixed):
+        adam_ema(*lists, torch.ones(1), **OPTIONS, ema_decay=0.9, backend="eager")
+    assert seen == 2 * [{torch.float32}, {torch.bfloat16}]
+    for got, *parts in zip(mixed, *apart, strict=True):
+        assert all(
+            torch.equal(a, b) for a, b in zip(got, (t for p in zip(*parts, strict=True) for t in p), strict=True)
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
 @pytest.mark.parametrize("optimiser", [torch.optim.Adam, torch.optim.AdamW])
 def test_definition_is_torchs_optimiser_then_lerp(optimiser, dtype):

@@ -80,9 +80,11 @@ PARAMETERS = {
 
 
 def seeds(case: Case) -> range:
-    """Sums of a few channels need several draws: each may be right, or PyTorch's, by luck."""
+    """Sums of a few channels need several draws: each may be right, or PyTorch's, by luck. In fp32, where the errors
+    are those of the additions alone, the ratio was 0.7 to 1.3 of 288 sums pooled, up to 1.9 of 48 and 4.2 of 24."""
     channels = case.large_channels if case.to_large else case.small_channels
-    return range(1 if case.epilogue == "store" or case.dtype == torch.float64 else -(-24 // channels))
+    alone = case.epilogue == "store" or case.dtype == torch.float64
+    return range(1 if alone else -(-(64 if case.dtype == torch.float32 else 24) // channels))
 
 
 def check(case: Case, each: bool = False) -> None:
@@ -128,24 +130,61 @@ RAGGED = [
     Case(False, (3, 5), (3, 2), (1, 0), (2, 1), 17, 5, (2, 11, 9), "leaky", "statistics", bias=True),
     Case(True, (2, 3), (3, 3), (0, 0), (3, 2), 17, 5, (2, 11, 9), "activation", "statistics"),
     Case(True, (4, 4), (1, 1), (0, 0), (1, 1), 20, 17, (3, 4, 4), "activation", "statistics"),
+    Case(True, (4, 4), (2, 2), (1, 1), (1, 1), 20, 3, (3, 9, 8), "activation", "store", bias=True),
+    Case(True, (5, 3), (2, 4), (2, 0), (1, 1), 17, 1, (2, 10, 11), "gradient", "store"),
 ]
 
 
 @pytest.mark.parametrize("case", RAGGED, ids=str)
 def test_several_ragged_tiles_unequal_axes_and_dilation(case, small_tiles, monkeypatch):
-    """In fp64, where no luck is involved, only indices and masks; the last case is the generator's first layer."""
+    """In fp64, where no luck is involved, only indices and masks; the last three are the generator's first layer and
+    ends with merged phases."""
     monkeypatch.setattr(wgrad_kernels, "MAX_SPLITS", 3)
     check(case, each=True)
 
 
 def test_a_lone_pixel_is_not_multiplied_by_kernel_positions_that_miss_it(monkeypatch):
     """A transposed convolution of one pixel: each output pixel is a phase with one position."""
+    case = Case(True, (4, 4), (1, 1), (0, 0), (1, 1), 64, 33, (5, 4, 4), "plain", "store")
+    seen = launched(case, monkeypatch)
+    assert seen["grid"] == (16,)
+    assert seen["STRIDE"] == seen["STEP"] == (4, 4)
+
+
+def launched(case: Case, monkeypatch) -> dict:
+    """The grid and the compile-time arguments of a convolution."""
     seen = {}
     monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **meta: seen.update(grid=grid, **meta))
-    case = Case(True, (4, 4), (1, 1), (0, 0), (1, 1), 64, 33, (5, 4, 4), "plain", "store")
     kernels.convolve(*convolve_arguments(case))
-    assert seen["grid"][1] == 16
-    assert seen["STRIDE"] == seen["STEP"] == (4, 4)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("case", "merged"),
+    [
+        (Case(True, small_channels=64, large_channels=3, image=(2, 64, 64), epilogue="store"), True),
+        (Case(True, small_channels=64, large_channels=1, image=(2, 64, 64), epilogue="store"), True),
+        (Case(True, (4, 4), (1, 1), (0, 0), (1, 1), 100, 3, (2, 4, 4), epilogue="store"), True),  # of one pixel
+        (Case(True, small_channels=64, large_channels=3, image=(2, 64, 64), epilogue="statistics"), False),
+        (Case(True, small_channels=64, large_channels=64, image=(2, 64, 64), epilogue="store"), False),
+        (Case(True, (3, 3), (1, 1), small_channels=64, large_channels=3, epilogue="store"), False),  # one phase
+        (Case(True, dilation=(2, 2), small_channels=64, image=(2, 64, 64), epilogue="store"), False),
+    ],
+    ids=str,
+)
+def test_phases_are_merged_where_that_multiplies_less(case, merged, monkeypatch):
+    assert launched(case, monkeypatch)["MERGED"] == merged
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_merged_phases_keep_what_is_not_finite_where_pytorch_has_it(bad):
+    """A kernel of 4 at a stride of 2 gives every phase the same positions: no output meets a pixel that is not its."""
+    args = list(convolve_arguments(Case(True, operand="plain", epilogue="store", dtype=torch.float32)))
+    args[0][1, 1, 2, 1] = bad
+    y, _ = kernels.convolve(*args)
+    own, _ = eager.convolve(*args)
+    assert torch.equal(y.isfinite(), own.isfinite())
+    assert not y.isfinite().all()
 
 
 @pytest.mark.parametrize(("stride", "dilation"), list(itertools.product([1, 2, 3, 4], [1, 2, 3])))
@@ -418,6 +457,9 @@ BUGS = {
     "product with y instead of y - mu": (kernels, "            raw = raw - m\n", ""),
     "bias forgotten": (kernels, "acc += tl.load(bias + n, real, 0.0).to(ACC)[None, :]", "acc += 0.0"),
     "phases swapped": (kernels, "j * STRIDE[1] + right", "j * STRIDE[1] + (STRIDE[1] - 1 - right)"),
+    "merged phases swapped": (kernels, "left[:, None] * STRIDE[1] + s0", "left[:, None] * STRIDE[1] + 1 - s0"),
+    "a merged phase's last position dropped": (kernels, "& (s < KERNEL[1])", "& (s < KERNEL[1] - 1)"),
+    "a merged phase's first pixel dropped": (kernels, "& (j >= 0) & (j < out_width)", "& (j > 0) & (j < out_width)"),
     "a split lost": (wgrad_kernels, "in tl.static_range(GROUP):", "in tl.static_range(1, GROUP):"),
     "halo of the weight gradient dropped": (wgrad_kernels, "& (h >= 0) & (h < height)", "& (h > 0) & (h < height)"),
 }  # fmt: skip
@@ -431,6 +473,9 @@ def first_miss(modules: dict) -> str | None:
         Case(True, **common, operand="gradient", epilogue="backward"),
         Case(False, **common, operand="plain", epilogue="statistics", dtype=torch.bfloat16),
     ]
+    merged = Case(True, (3, 3), **common, operand="activation", epilogue="store")
+    if (reason := verdict(modules.get(kernels, kernels), "convolve", [convolve_arguments(merged)])) is not None:
+        return reason
     for case in cases:
         several = [convolve_arguments(case, 10 * seed) for seed in range(4)]
         reason = finished_verdict(modules.get(kernels, kernels), case, several)

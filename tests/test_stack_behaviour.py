@@ -1,4 +1,5 @@
-"""ConvStack beside everything that PyTorch users do with an nn.Sequential: a test for each sentence of that list."""
+"""ConvStack beside everything that PyTorch users do with an nn.Sequential: a test for each sentence of that list, on
+the kernels of either backend."""
 
 import copy
 import re
@@ -8,18 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
+from triton_device import DEVICE, MARKS
 
 from fastgan import library
-from fastgan.backends import counts, reset_counts
+from fastgan.backends import counts, reset_counts, use_backend
 from fastgan.explanation import explain
 from fastgan.nn import ConvStack
 
+ON_THE_HOST = pytest.mark.skipif(DEVICE != "cpu", reason="these tensors are the host's; tests/test_stack_triton.py")
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
+
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("triton", marks=[*MARKS, ON_THE_HOST])])
+def backend(request):
+    """Whose kernels run the stacks: the CPU's by default, Triton's on request."""
+    if request.param == "triton":
+        with use_backend("triton"):
+            yield "triton"
+        return
     library.load("cpu")
     if torch.ops.fastgan_cpu.instruction_set() == "plain":
         pytest.skip("this processor has no AVX2: stacks run module by module here")
+    yield "cpu"
 
 
 def pair_of_networks() -> tuple[ConvStack, nn.Sequential]:
@@ -60,10 +70,10 @@ def assert_alike(got: list, want: list, tolerance: float = 1e-4) -> None:
             torch.testing.assert_close(one, two, rtol=0, atol=tolerance * scale)
 
 
-def assert_fused(run) -> None:
+def assert_fused(run, backend: str) -> None:
     reset_counts()
     run()
-    assert counts().get(("cpu", "convolve"), 0) > 0
+    assert counts().get((backend, "convolve"), 0) > 0
 
 
 def test_state_dicts_move_both_ways():
@@ -73,14 +83,14 @@ def test_state_dicts_move_both_ways():
     stack.load_state_dict(plain.state_dict())
 
 
-def test_eval_is_batch_norm_folded_into_the_convolution():
+def test_eval_is_batch_norm_folded_into_the_convolution(backend):
     stack, plain = (network.eval() for network in pair_of_networks())
     folded = nn.Sequential(
         fuse_conv_bn_eval(plain[0], plain[1]), plain[2], fuse_conv_bn_eval(plain[3], plain[4]), plain[5], plain[6]
     ).requires_grad_(False)
     with torch.no_grad():
         torch.testing.assert_close(stack(images()), folded(images()), rtol=1e-4, atol=1e-4)
-    assert_fused(lambda: stack(images()))
+    assert_fused(lambda: stack(images()), backend)
 
 
 @pytest.mark.parametrize("written", ["weight", "running_var", "bias", "load_state_dict"])
@@ -103,7 +113,7 @@ def test_eval_keeps_nothing_from_call_to_call(written):
 
 
 def test_amp():
-    """On a CPU a stack under autocast runs by operations, in bf16 where nn.Sequential does; gradients are fp32."""
+    """In bf16 where nn.Sequential is; gradients are fp32."""
     results = []
     for network in pair_of_networks():
         with torch.autocast("cpu", torch.bfloat16):
@@ -188,13 +198,13 @@ def test_compiled_surroundings():
     assert_alike(*results)
 
 
-def test_a_stack_kept_out_of_compiled_code_stays_fused():
+def test_a_stack_kept_out_of_compiled_code_stays_fused(backend):
     stack, plain = pair_of_networks()
     outside = torch.compiler.disable(stack)
     run = torch.compile(lambda x: outside(x * 2).tanh() + 1, backend="eager")
     reset_counts()
     got = differentiated(stack, images(), run)
-    assert counts()["cpu", "weight_gradient"] > 0
+    assert counts()[backend, "weight_gradient"] > 0
     assert_alike(got, differentiated(plain, images(), lambda x: plain(x * 2).tanh() + 1))
 
 
@@ -235,12 +245,12 @@ def subclass(network):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_changed_modules_run_as_they_are_and_explain_says_so(change, layer, reason):
+def test_changed_modules_run_as_they_are_and_explain_says_so(change, layer, reason, backend):
     stack, plain = pair_of_networks()
     for network in (stack, plain):
         change(network)
     got, want = differentiated(stack, images()), differentiated(plain, images())
     assert_alike(got, want)
     lines = {one.name: str(one) for one in explain(stack, images())}
-    assert "cpu" in lines["0"], "the blocks before it stay one unit"
+    assert f"{backend} (one unit from layer 0 on)" in lines["0"], "the blocks before it stay one unit"
     assert re.search(reason, lines[layer]), lines

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from tolerance import assert_as_right_as_torch
 from torch import Tensor, nn
+from triton_device import MARKS
 
 from fastgan import library
 from fastgan.backends import counts, reset_counts, use_backend
@@ -84,9 +85,13 @@ def part(dtype, backend: str, penalty: bool, draws: int) -> list[list[Tensor]]:
 # Second gradients of a whole network cancel so far that fp32 says little: fp64 does, through the kernels too.
 # In fp32 several draws are judged as one: of a gradient with 6 elements, PyTorch's own error is small by luck.
 @pytest.mark.parametrize(
-    ("dtype", "penalty", "draws"), [(torch.float32, False, 32), (torch.float64, False, 1), (torch.float64, True, 1)]
+    ("dtype", "penalty", "draws", "backend"),
+    [
+        *((torch.float32, False, 32, backend) for backend in ("eager", "cpu")),
+        *((torch.float64, penalty, 1, backend) for penalty in (False, True) for backend in ("eager", "cpu")),
+        pytest.param(torch.float64, False, 1, "triton", marks=MARKS),
+    ],
 )
-@pytest.mark.parametrize("backend", ["eager", "cpu"])
 def test_two_processes_are_one(pair, dtype, penalty, draws, backend):
     if backend == "cpu" and torch.ops.fastgan_cpu.instruction_set() == "plain":
         pytest.skip("this processor has no AVX2: stacks run module by module here")
@@ -133,7 +138,7 @@ def test_the_modules_process_group_is_respected(pair):
         torch.testing.assert_close(got, network()(images), rtol=1e-4, atol=1e-5)
 
 
-def wrapped() -> list[Tensor]:
+def wrapped(backend: str) -> list[Tensor]:
     """How far DistributedDataParallel's gradients are from the mean of both processes' own, over two steps."""
     images, _ = own_images(torch.float32)
     plain = ConvStack(*network())
@@ -142,15 +147,21 @@ def wrapped() -> list[Tensor]:
     for _ in range(2):
         for net in (parallel, plain):
             net.zero_grad()
-            net(images).square().sum().backward()
+            reset_counts()
+            with use_backend(backend):
+                net(images).square().sum().backward()
+            assert counts()[backend, "weight_gradient"] > 0
         for got, parameter in zip(parallel.parameters(), plain.parameters(), strict=True):
             dist.all_reduce(parameter.grad)
             gaps.append((got.grad - parameter.grad / 2).abs().max() / parameter.grad.abs().max())
     return gaps
 
 
-def test_distributed_data_parallel(pair):
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=MARKS)])
+def test_distributed_data_parallel(pair, backend):
     """Its gradient hooks fire for the parameters of a fused stack, each once, without find_unused_parameters. (With
     SyncBatchNorm it refuses CPUs.)"""
-    for gaps in pair(wrapped):
+    if backend == "cpu" and torch.ops.fastgan_cpu.instruction_set() == "plain":
+        pytest.skip("this processor has no AVX2: stacks run module by module here")
+    for gaps in pair(wrapped, backend):
         assert max(gaps) < 1e-5

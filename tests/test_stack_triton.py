@@ -1,6 +1,7 @@
 """ConvStack on the Triton kernels: a whole run of blocks against the same modules one by one, and a whole step."""
 
 import copy
+import re
 from collections import Counter
 
 import fastgan.kernels.conv_bn_act as kernels
@@ -130,10 +131,27 @@ def test_groups_break_the_unit_and_explain_says_so():
     layers = [*modules(4, 8), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.LeakyReLU(0.2), *modules(8, 4)]
     stack, image = ConvStack(*layers).double().to(DEVICE), torch.randn(2, 4, 8, 8, dtype=torch.float64, device=DEVICE)
     layers = fastgan.explain(stack, image, backend="triton")
-    assert [layer.name for layer in layers] == ["0", "3", "5"]
+    assert [(layer.name, layer.operation, layer.decision.backend) for layer in layers] == [
+        ("0", "conv_bn_act", "triton"), ("3", "convolution", "eager"), ("3", "bn_act", "triton"),
+        ("5", "conv_bn_act", "triton"),
+    ]  # fmt: skip
     assert "one unit" in layers[0].decision.reason
-    assert "one unit" not in layers[1].decision.reason
+    assert "2 groups" in layers[1].decision.reason
     torch.testing.assert_close(outcome(stack, image, "triton")[0], outcome(stack, image, "eager")[0])
+
+
+def explained_over_processes() -> list[str]:
+    stack = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*modules(4, 8), nn.Conv2d(8, 1, 3)))
+    return [str(layer) for layer in fastgan.explain(stack, torch.randn(2, 4, 8, 8), backend="triton")]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the two processes exchange host tensors")
+def test_explain_names_who_runs_a_synchronised_block_and_why(pair):
+    for lines in pair(explained_over_processes):
+        convolution, norm, last = lines
+        assert re.search(r"^0: convolution .* -> eager \(the library's: BatchNorm over several processes", convolution)
+        assert re.search(r"^0: bn_act .* -> triton \(forced; over 2 processes\)", norm)
+        assert re.search(r"^3: conv_bn_act .* -> triton \(one unit from layer 3 on\)", last)
 
 
 def test_kernels_of_a_step_by_name_and_number():

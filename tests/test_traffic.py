@@ -129,6 +129,15 @@ def test_a_step_multiplies_the_same_whoever_runs_it(small_steps):
     assert convolutions == [4 + 7 + 12 + 8 + 6 + 4] * 3
 
 
+def test_an_optimiser_is_one_launch_for_each_dtype(small_steps):
+    """bf16 convolutions and fp32 BatchNorm, of two networks; lists short enough that torch splits none."""
+    assert sum(launch.name == "aten._fused_adam_" for launch in small_steps["fused"]) == 2 * 2
+    for network in traffic.networks(256):
+        sizes = [p.numel() for p in network.parameters()]
+        assert len(sizes) <= 30
+        assert sum(-(-size // 65536) for size in sizes) <= 320
+
+
 def test_a_fused_step_launches_half_as_often_as_eager_with_foreach_adam(small_steps):
     launches = {name: len(launches) for name, launches in small_steps.items()}
     assert 2 * launches["fused"] <= launches["eager"] < launches["bn_act"]

@@ -101,8 +101,12 @@ def _run_apart(name: str, module: nn.Module, input: Tensor) -> Tensor:
     return module(input)
 
 
-def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
+def _run_by_operations(blocks: list[Block], input: Tensor, why: str | None = None) -> Tensor:
+    """`why`: the reason, for `explain`, why they are in no unit where others are."""
     for block in blocks:
+        if why is not None:
+            backends.enter_layer(block.name)
+            backends.note("convolution", input, backends.Decision("eager", f"the library's: {why}"))
         input = run_block(block, input)
     return input
 
@@ -110,16 +114,16 @@ def _run_by_operations(blocks: list[Block], input: Tensor) -> Tensor:
 def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool, batches: int) -> Tensor:
     """Every stretch of blocks that the kernels know as one unit, the blocks between by operations."""
     kernels = import_module(f"fastgan.nn.stack_{_backend_of(input)}")
-    marked = [(block, kernels.why_not_block(block, input) is None) for block in blocks]
-    for known, pairs in groupby(marked, lambda pair: pair[1]):
+    marked = [(block, kernels.why_not_block(block, input)) for block in blocks]
+    for why, pairs in groupby(marked, lambda pair: pair[1]):
         stretch = [block for block, _ in pairs]
         run = partial(
             run_blocks, kernels, stretch, recompute_first=recompute_first and stretch[0] is blocks[0], batches=batches
         )
-        if not known and batches == 1:
-            input = _run_by_operations(stretch, input)
-        elif not known:
-            input = torch.cat([_run_by_operations(stretch, batch) for batch in _cut(input, batches)])
+        if why is not None and batches == 1:
+            input = _run_by_operations(stretch, input, why)
+        elif why is not None:
+            input = torch.cat([_run_by_operations(stretch, batch, why) for batch in _cut(input, batches)])
         elif kernels.BACKEND == "cpu" and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
                 result = run(input.float())

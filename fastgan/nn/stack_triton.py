@@ -22,7 +22,7 @@ BACKEND = "triton"
 def why_not_block(block: Block, input: Tensor) -> str | None:
     """Why the kernels do not run a block on `input`; None: they do."""
     if isinstance(block.norm, nn.SyncBatchNorm):
-        return "BatchNorm over several processes runs as conv_bn_act"
+        return "BatchNorm over several processes has a collective between a convolution's sums and what is made of them"
     if block.conv.groups != 1:
         return f"{block.conv.groups} groups: the kernels know convolutions of one"
     weight = block.conv.weight

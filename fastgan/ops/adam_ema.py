@@ -95,13 +95,16 @@ def _definition(
     lr, beta1, beta2, eps, weight_decay, decoupled, ema_decay,
 ) -> None:  # fmt: skip
     fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    steps = [step.float().reshape(())] * len(params)
-    fused(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps,
-        lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-    )  # fmt: skip
-    if ema_params:
-        torch._foreach_lerp_(ema_params, params, 1 - ema_decay)
+    updates = step.float().reshape(())
+    for dtype in dict.fromkeys(param.dtype for param in params):  # on CUDA a fused launch takes tensors of one
+        of_one = [i for i, param in enumerate(params) if param.dtype == dtype]
+        group, *rest = [[tensors[i] for i in of_one] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+        fused(  # type: ignore[call-overload]
+            group, *rest, [], [updates] * len(of_one),
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        if ema_params:
+            torch._foreach_lerp_([ema_params[i] for i in of_one], group, 1 - ema_decay)
 
 
 define("adam_ema", {"adam_ema": _definition})

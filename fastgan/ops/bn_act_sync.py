@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgan.backends import choose
+from fastgan.backends import Decision, choose, note
 from fastgan.ops.bn_act import parameters
 from fastgan.ops.bn_act_eager import apply, dense, like, stat_dtype
 
@@ -72,7 +72,12 @@ class _Synchronised(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, eps, slope, group, backend):
         backend = backend if input.numel() else "eager"
-        run = choose("bn_act", input, backend).run
+        decision, run, *_ = choose("bn_act", input, backend)
+        note(
+            "bn_act",
+            input,
+            Decision(decision.backend, f"{decision.reason}; over {dist.get_world_size(group)} processes"),
+        )
         mean = m2 = input.new_zeros(input.shape[1], dtype=stat_dtype(input))
         if input.numel():
             mean, m2 = run("bn_stats", input)
