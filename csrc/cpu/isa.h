@@ -1,12 +1,14 @@
-// Run-time choice of the instruction set. A file NAME.isa.cpp is compiled once per set with FASTGAN_ISA=plain, avx2,
-// avx512 and avx512_bf16 and puts its functions into namespace fastgan::cpu::FASTGAN_ISA; FASTGAN_DISPATCH calls the
-// copy for this processor. Keep everything else in such a file in an unnamed namespace or that one: an inline function
+// Run-time choice of the instruction set. A file NAME.isa.cpp is compiled once per set with FASTGAN_ISA=plain, avx2 and
+// avx512 and puts its functions into namespace fastgan::cpu::FASTGAN_ISA; FASTGAN_DISPATCH calls the copy for this
+// processor. The sets run the same algorithms on registers of 32 bytes or, avx512, 64. That the latter are right was
+// shown in an emulator (docs/building.md); how fast they are was measured nowhere, and what argues for them is twice the
+// arithmetic per instruction: FASTGAN_CPU=avx2 takes them away. Keep everything else in such a file in an unnamed namespace or that one: an inline function
 // that several sets share would be linked once, for whichever set came first.
 #pragma once
 
 namespace fastgan::cpu {
 
-enum class Isa { plain, avx2, avx512, avx512_bf16 };
+enum class Isa { plain, avx2, avx512 };
 
 // The best set that was compiled, that this processor runs, and that FASTGAN_CPU (a set's name) allows. Read once.
 Isa isa();
@@ -21,35 +23,21 @@ Isa isa();
 #else
 #define FASTGAN_IF_AVX512(...)
 #endif
-#ifdef FASTGAN_HAS_AVX512_BF16
-#define FASTGAN_IF_AVX512_BF16(...) __VA_ARGS__
-#else
-#define FASTGAN_IF_AVX512_BF16(...)
-#endif
 
 // Declares a function of every compiled set: FASTGAN_DECLARE(void scale(float* x, int64_t n);)
 #define FASTGAN_DECLARE(...)                              \
   namespace plain { __VA_ARGS__ }                         \
   FASTGAN_IF_AVX2(namespace avx2 { __VA_ARGS__ })         \
-  FASTGAN_IF_AVX512(namespace avx512 { __VA_ARGS__ })     \
-  FASTGAN_IF_AVX512_BF16(namespace avx512_bf16 { __VA_ARGS__ })
+  FASTGAN_IF_AVX512(namespace avx512 { __VA_ARGS__ })
 
 // Calls it: FASTGAN_DISPATCH(scale(x, n)), usable as an expression, from within namespace fastgan::cpu.
 #define FASTGAN_DISPATCH(...)                                                            \
   [&] {                                                                                  \
     switch (isa()) {                                                                     \
-      FASTGAN_IF_AVX512_BF16(case Isa::avx512_bf16: return avx512_bf16::__VA_ARGS__;)    \
       FASTGAN_IF_AVX512(case Isa::avx512: return avx512::__VA_ARGS__;)                   \
       FASTGAN_IF_AVX2(case Isa::avx2: return avx2::__VA_ARGS__;)                         \
       default: return plain::__VA_ARGS__;                                                \
     }                                                                                    \
-  }()
-
-// The same for kernels that no AVX-512 machine has run yet: at most their AVX2 copy.
-#define FASTGAN_PROVED(...)                                                            \
-  [&] {                                                                                \
-    FASTGAN_IF_AVX2(if (isa() != Isa::plain) return avx2::__VA_ARGS__;)                \
-    return plain::__VA_ARGS__;                                                         \
   }()
 
 }  // namespace fastgan::cpu
