@@ -1,4 +1,5 @@
 // Adam or AdamW and the EMA of the result: five reads and four writes per element, all tensors in one parallel loop.
+#if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
 #include "cpu/adam_ema.h"
 
 #include <algorithm>
@@ -14,10 +15,7 @@ constexpr int64_t chunk = 16384;  // elements of one task: five streams of 64 KB
 
 template <class T>
 FASTGAN_INLINE Vec<T> root(Vec<T> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_sqrt_ps(v);
-  else return _mm512_sqrt_pd(v);
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   if constexpr (sizeof(T) == 4) return _mm256_sqrt_ps(v);
   else return _mm256_sqrt_pd(v);
 #else
@@ -58,3 +56,4 @@ void run_adam_ema(const std::vector<AdamTensor<float>>& tensors, const AdamFacto
 void run_adam_ema(const std::vector<AdamTensor<double>>& tensors, const AdamFactors<double>& factors) { run(tensors, factors); }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA
+#endif

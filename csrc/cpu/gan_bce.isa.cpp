@@ -1,4 +1,5 @@
 // One pass over the logits of each half, in doubles: the exponential and the logarithm need no care for the last digits then.
+#if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
 #include "cpu/gan_bce.h"
 
 #include <algorithm>
@@ -109,3 +110,4 @@ void run_gan_bce(Logits type, const void* logits, int64_t n, double target, void
 }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA
+#endif

@@ -10,6 +10,7 @@
 namespace fastgan::cpu {
 
 FASTGAN_DECLARE(const char* compiled_instruction_set();)
+FASTGAN_IF_AVX512(namespace avx512 { const char* compiled_instruction_set(); })
 
 namespace {
 
@@ -46,6 +47,9 @@ Isa isa() {
   return chosen;
 }
 
-std::string instruction_set() { return FASTGAN_DISPATCH(compiled_instruction_set()); }
+std::string instruction_set() {
+  FASTGAN_IF_AVX512(if (isa() == Isa::avx512) return avx512::compiled_instruction_set();)
+  return FASTGAN_DISPATCH(compiled_instruction_set());
+}
 
 }  // namespace fastgan::cpu
