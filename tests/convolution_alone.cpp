@@ -1,7 +1,5 @@
-// One set's convolution kernels without torch and Python, against the definition in double: small enough to run inside an
-// emulator of a processor that is not at hand (docs/building.md). Ends with status 1 where any case misses.
-//   c++ -std=c++20 -static -O1 -Icsrc -DSET=avx512 -DFASTGAN_HAS_AVX2 -DFASTGAN_HAS_AVX512 tests/convolution_alone.cpp
-//       cpu_convolution.isa.cpp.avx512.o -o convolution_alone
+// One set's convolution kernels without torch and Python, against the definition in double: small enough for an emulator of
+// a processor that is not at hand. Ends with status 1 where any case misses. test_convolution_alone.py compiles it.
 #include <cmath>
 #include <cstdio>
 #include <random>
