@@ -1,8 +1,8 @@
 """The convolution kernels without torch, `convolution_alone.cpp`, by the instruction sets that this processor has.
 
-The one for AVX-512 was also run where there is none: in Bochs 3.0 (`cpu: model=corei7_skylake_x`) under Linux 6.1, from
-an initial RAM disk with busybox. Linux needs `noxsaves` there, or it takes AVX away: the emulated area of XSAVES has
-another size than it computes.
+The one for AVX-512 was also run where there is none: in Bochs 3.0 (`cpu: model=corei7_skylake_x`) under Linux 6.1 with
+busybox. Linux needs `noxsaves` there, or it takes AVX away: the emulated area of XSAVES has another size than it
+computes.
 """
 
 import subprocess
