@@ -18,7 +18,10 @@ def info() -> str:
     lines.append(f"{'nvcc':<10} {_found(lambda: str(find_cuda(torch.version.cuda).nvcc))}")
     lines.append("")
     for backend, reason in backends.available().items():
-        lines.append(f"{'backend':<10} {backend:<7} {'available' if reason is None else 'not available: ' + reason}")
+        state = "available" if reason is None else f"not available: {reason}"
+        if backend == "cpu" and reason is None:
+            state += f", {torch.ops.fastgan_cpu.instruction_set()} kernels"
+        lines.append(f"{'backend':<10} {backend:<7} {state}")
     return "\n".join(lines)
 
 

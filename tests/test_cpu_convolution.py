@@ -149,6 +149,34 @@ def test_gradient_operand_and_backward_finish(scheme):
     torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(2, 17, 24, 5, 6, True), (3, 64, 130, 4, 4, False), (2, 3, 40, 4, 5, True)], ids=str)
+def test_prologues_and_backward_finish_in_fp32(shape):
+    """Every operand and result of training's dtype: the sets with wide registers have no copy for fp64."""
+    large, small, weight = sides(*shape)
+    raw = channels_last(*small.shape)
+    # Gradients through statistics have no mean to speak of.
+    by = torch.randn(4, small.shape[1]) * torch.tensor([1, 0.1, 0.1, 1])[:, None]
+    constants, slope = activation_constants(large.shape[1], torch.float32), 0.2
+
+    def definition(dtype):
+        given = large, small, raw, weight, by, constants
+        large_, small_, raw_, weight_, by_, constants_ = (t.to(dtype) for t in given)
+        z = activate(large_, constants_, slope)
+        a, b, c, mu = by_[:, :, None, None]
+        dz, dweight = gradients(z, a * small_ + b * (raw_ - mu) + c, weight_)
+        mean, s, beta, _ = constants_[:, :, None, None]
+        g = torch.where(s * (large_ - mean) + beta > 0, dz, slope * dz)
+        return (to_small(z, weight_), g, dweight), torch.stack([g, g * (large_ - mean)])
+
+    y, _ = convolve([large, None, constants, slope], weight, False, small.shape[2:])
+    g, sums = convolve([small, raw, by, 1.0], weight, True, large.shape[2:], output=(large, constants, slope))
+    args = (large, None, constants, slope, small, raw, by, 1.0, False, AUTOMATIC)
+    dweight = torch.ops.fastgan_cpu.weight_gradient(*args)
+    truth, terms = definition(torch.float64)
+    assert_as_right_as_torch((y, g, dweight), definition(torch.float32)[0], truth)
+    assert ((sums - terms.sum((1, 3, 4))).abs() <= 1e-6 * terms.abs().sum((1, 3, 4))).all()
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("to_large", [False, True])
 def test_statistics_are_those_of_the_stored_output(to_large, offset):

@@ -19,6 +19,8 @@ def test_versions_device_compilers_and_every_backend_are_there():
         assert any(line.startswith(f"{name:<10} ") for line in text.splitlines()), name
     for backend, reason in backends.available().items():
         expected = "available" if reason is None else f"not available: {reason}"
+        if backend == "cpu" and reason is None:
+            expected += f", {torch.ops.fastgan_cpu.instruction_set()} kernels"
         assert f"{'backend':<10} {backend:<7} {expected}" in text.splitlines()
 
 

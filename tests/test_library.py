@@ -31,7 +31,6 @@ def supported_instruction_sets() -> list[str]:
     needs = {
         "avx2": {"avx2", "fma"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-        "avx512_bf16": {"avx512_bf16"},
     }
     sets = ["plain"]
     for name, needed in needs.items():
@@ -69,7 +68,7 @@ def test_instruction_set_can_be_forced(name):
 def test_unknown_instruction_set_is_an_error():
     result = run_python(SHOW, FASTGAN_CPU="sse9")
     assert result.returncode
-    assert "FASTGAN_CPU must be plain, avx2, avx512 or avx512_bf16, got sse9" in result.stderr
+    assert "FASTGAN_CPU must be plain, avx2 or avx512, got sse9" in result.stderr
 
 
 CONVOLVE = """

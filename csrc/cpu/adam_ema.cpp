@@ -56,7 +56,7 @@ void adam_ema(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
                            T(std::sqrt(1 - std::pow(beta2, t))),
                            T(eps),
                            T(1 - ema_decay)};
-    FASTGAN_PROVED(run_adam_ema(tensors, factors));
+    FASTGAN_DISPATCH(run_adam_ema(tensors, factors));
   };
   switch (params[0].scalar_type()) {
     case ScalarType::Float: return run.template operator()<float>(ScalarType::Float);

@@ -1,5 +1,5 @@
 // Adam or AdamW and the EMA of the result: five reads and four writes per element, all tensors in one parallel loop.
-#if !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it
+#if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
 #include "cpu/adam_ema.h"
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // bn_act's four passes: one read (two for gradients) and at most one write per element, in tasks of fixed size, so that
 // sums are the same for any number of threads.
-#if !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it
+#if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
 #include "cpu/bn_act.h"
 #include "cpu/block.h"
 #include "cpu/parallel.h"

@@ -34,7 +34,9 @@ OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b
 
 void run(const Convolution& c, ScalarType dtype) {
   if (c.N == 0) return;
-  FASTGAN_IF_AVX2(if (isa() != Isa::plain) return avx2::run_convolution(c, dtype == ScalarType::Double);)
+  bool fp64 = dtype == ScalarType::Double;
+  FASTGAN_IF_AVX512(if (isa() == Isa::avx512 && !fp64) return avx512::run_convolution(c);)
+  FASTGAN_IF_AVX2(if (isa() != Isa::plain) return fp64 ? avx2::run_convolution_fp64(c) : avx2::run_convolution(c);)
   STD_TORCH_CHECK(false, "fastgan's convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks; use PyTorch's");
 }
 

@@ -39,6 +39,8 @@ struct Convolution {
 };
 
 // Without AVX2 convolutions are left to the library (fastgan/nn/stack_cpu.py), so the plain set has no copy.
-FASTGAN_IF_AVX2(namespace avx2 { void run_convolution(const Convolution& c, bool is_double); })
+// fp64 is for tests, which run derivatives through these kernels: one copy will do.
+FASTGAN_IF_AVX2(namespace avx2 { void run_convolution(const Convolution& c); void run_convolution_fp64(const Convolution& c); })
+FASTGAN_IF_AVX512(namespace avx512 { void run_convolution(const Convolution& c); })
 
 }  // namespace fastgan::cpu

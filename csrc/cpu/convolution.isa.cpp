@@ -1,5 +1,5 @@
 // The drivers over a scheme: read and transform the images, multiply, transform back and finish.
-#if defined(__AVX2__) && !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it; see convolution.h
+#if defined(__AVX2__)  // without it convolutions are the library's; see convolution.h
 #include "cpu/convolution.h"
 #include "cpu/parallel.h"
 #include "cpu/schemes.h"
@@ -26,7 +26,7 @@ template <class T, class F>
 void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run,
                      int64_t chunk, T* product, const F& weight_of) {
   constexpr int64_t together = 4, rows_at_once = 48;  // panels of the result that one read of so many rows serves
-  int64_t depth = in_panels * panel<T>, threads = torch::stable::get_num_threads();
+  int64_t depth = in_panels * panel<T>, threads = thread_count();
   int64_t groups = std::max((out_panels + together - 1) / together, std::min(out_panels, threads));
   int64_t width = (out_panels + groups - 1) / groups;
   groups = (out_panels + width - 1) / width;
@@ -43,8 +43,8 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
         const T* a = operand + ((point * in_panels * stride) + from / panel<T> * stride + first) * panel<T>;
         T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
         for (int64_t row = 0; row < count; row += rows_at_once) {
-          multiply_rows(a + row * panel<T>, panel_strides<T>(stride * panel<T>), u + point * point_stride, deep * panel<T>, deep, run,
-                        c + row * panel<T>, panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0);
+          multiply_panels(a + row * panel<T>, stride * panel<T>, u + point * point_stride, deep * panel<T>, deep, run,
+                          c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0);
         }
       }
     }
@@ -128,7 +128,7 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
     write_image(output.sink, i, to.H, to.W, to.C, to.frame, image);
   };
 
-  int64_t threads = torch::stable::get_num_threads(), transformed = Scheme::points * depth * to.panels * panel<T>;
+  int64_t threads = thread_count(), transformed = Scheme::points * depth * to.panels * panel<T>;
   bool apart = s.N >= 4 * threads && transformed * static_cast<int64_t>(sizeof(T)) <= apart_weights;
   int64_t per_tile = Scheme::points * panel<T>;
   int64_t step = apart ? std::clamp<int64_t>(apart_tiles / tiles, 1, s.N / (2 * threads))
@@ -148,8 +148,8 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
       T* m = scratch<T>(Scratch::small, per_tile * to.panels * stride);
       for (int64_t i = 0; i < count; i++) read(first + i, v + i * tiles * panel<T>, stride);
       for (int p = 0; p < Scheme::points; p++) {
-        multiply_rows(v + p * from.panels * stride * panel<T>, panel_strides<T>(stride * panel<T>), u + p * point, depth * panel<T>,
-                      depth, run, m + p * to.panels * stride * panel<T>, panel<T>, stride * panel<T>, to.panels, rows, false);
+        multiply_panels(v + p * from.panels * stride * panel<T>, stride * panel<T>, u + p * point, depth * panel<T>, depth, run,
+                        m + p * to.panels * stride * panel<T>, stride * panel<T>, to.panels, rows, false);
       }
       for (int64_t i = 0; i < count; i++) write(first + i, m + i * tiles * panel<T>, stride);
     });
@@ -255,7 +255,10 @@ void run(const Convolution& c) {
 
 }  // namespace
 
-void run_convolution(const Convolution& c, bool is_double) { is_double ? run<double>(c) : run<float>(c); }
+void run_convolution(const Convolution& c) { run<float>(c); }
+#if !defined(__AVX512F__)
+void run_convolution_fp64(const Convolution& c) { run<double>(c); }
+#endif
 
 }  // namespace fastgan::cpu::FASTGAN_ISA
 #endif

@@ -27,7 +27,7 @@ Tensor half(const std::optional<Tensor>& logits, const Tensor& some, double targ
   }
   Tensor gradient = torch::stable::new_empty(*logits, shape_of(*logits), stat_type(some));
   char* out = static_cast<char*>(stats.mutable_data_ptr()) + which * (type == Logits::float64 ? 8 : 4);
-  FASTGAN_PROVED(run_gan_bce(type, logits->const_data_ptr(), logits->numel(), target, out, gradient.mutable_data_ptr()));
+  FASTGAN_DISPATCH(run_gan_bce(type, logits->const_data_ptr(), logits->numel(), target, out, gradient.mutable_data_ptr()));
   return gradient;
 }
 

@@ -1,8 +1,9 @@
 // One pass over the logits of each half, in doubles: the exponential and the logarithm need no care for the last digits then.
-#if !defined(__AVX512F__)  // no AVX-512 copy until a machine has run it
+#if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
 #include "cpu/gan_bce.h"
 
 #include <algorithm>
+#include <bit>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -14,8 +15,8 @@ namespace {
 using Double = Vec<double>;
 typedef int64_t Long __attribute__((vector_size(vector_bytes)));
 
-FASTGAN_INLINE Double bits(Long v) { return reinterpret_cast<Double&>(v); }
-FASTGAN_INLINE Long bits(Double v) { return reinterpret_cast<Long&>(v); }
+FASTGAN_INLINE Double bits(Long v) { return std::bit_cast<Double>(v); }
+FASTGAN_INLINE Long bits(Double v) { return std::bit_cast<Long>(v); }
 
 constexpr double factorial(int k) { return k == 0 ? 1 : k * factorial(k - 1); }
 

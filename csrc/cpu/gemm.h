@@ -13,7 +13,8 @@ namespace fastgan::cpu::FASTGAN_ISA {
 
 template <class T>
 constexpr int panel = 2 * lanes<T>;
-// 6 x 2 accumulators, 2 operands and 1 broadcast fill the 16 registers of AVX2.
+// 6 x 2 accumulators, 2 operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32, but 12 independent sums
+// already outlast the latency of two multipliers, and larger tiles take longer to compile.
 constexpr int micro_rows = 6;
 // Sums run in registers over this many terms before they are added to memory. Short runs bound the rounding error,
 // which Winograd's transforms amplify; 64 costs about 4 % of the product, 32 twice that.
@@ -32,18 +33,21 @@ constexpr int64_t padded(int64_t columns) {
 struct Strides {
   int64_t row, k, segment, jump;
 };
-// In panel layout, panels `stride` apart; transposed, of one panel.
+// In panel layout, panels `jump` apart; transposed, of one panel.
 template <class T>
-constexpr Strides panel_strides(int64_t stride) {
-  return {panel<T>, 1, panel<T>, stride};
-}
+struct PanelStrides {
+  int64_t jump;
+  static constexpr int64_t row = panel<T>, k = 1, segment = panel<T>;
+};
 template <class T>
-constexpr Strides transposed_strides = {1, panel<T>, panel<T>, int64_t{panel<T>} * panel<T>};
+struct TransposedStrides {
+  static constexpr int64_t row = 1, k = panel<T>, segment = panel<T>, jump = int64_t{panel<T>} * panel<T>;
+};
 
 // One run of one register tile: c[R][panel] (+)= sum over k < depth of a(row, k) * b[k][panel]; rows of b and c are b_k
 // and c_row apart.
-template <class T, int R>
-FASTGAN_INLINE void micro_run(const T* a, const Strides& at, const T* b, int64_t b_k, int64_t depth, T* c, int64_t c_row,
+template <class T, int R, class At>
+FASTGAN_INLINE void micro_run(const T* a, const At& at, const T* b, int64_t b_k, int64_t depth, T* c, int64_t c_row,
                               bool accumulate) {
   Vec<T> sum[R][2] = {};
   for (int64_t outer = 0; outer < depth; outer += at.segment, a += at.jump) {
@@ -83,8 +87,8 @@ FASTGAN_INLINE void with_rows(int64_t count, const F& f) {
 // c (+)= A b for `columns` panels: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart, rows of c
 // c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A panel of b serves all
 // rows from the first-level cache, and a tile of c stays there from run to run.
-template <class T>
-FASTGAN_INLINE void multiply_rows(const T* a, const Strides& at, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c,
+template <class T, class At>
+FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c,
                                   int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
   // Equal shares of rows: 32 as 6 + 6 + 5 + 5 + 5 + 5, for a tile of 2 would wait for its own sums.
   int64_t shares = (rows + micro_rows - 1) / micro_rows, share = rows / std::max<int64_t>(1, shares), larger = rows - share * shares;
@@ -103,6 +107,14 @@ FASTGAN_INLINE void multiply_rows(const T* a, const Strides& at, const T* b, int
   }
 }
 
+// The same of A in panel layout, its panels `a_stride` apart. One copy for all callers: inlined, its tiles were a quarter of
+// what these files take to compile.
+template <class T>
+__attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, int64_t run,
+                                               T* c, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
+  multiply_rows(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate);
+}
+
 // c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each.
 template <class T, int R0 = 0>
 void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool accumulate) {
@@ -110,7 +122,7 @@ void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool a
   if constexpr (left > 0) {
     // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4.
     constexpr int R = (left + (left + micro_rows - 1) / micro_rows - 1) / ((left + micro_rows - 1) / micro_rows);
-    micro_run<T, R>(a + R0, transposed_strides<T>, b, panel<T>, depth, c + R0 * panel<T>, panel<T>, accumulate);
+    micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, c + R0 * panel<T>, panel<T>, accumulate);
     multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate);
   }
 }

@@ -10,19 +10,18 @@
 namespace fastgan::cpu {
 
 FASTGAN_DECLARE(const char* compiled_instruction_set();)
+FASTGAN_IF_AVX512(namespace avx512 { const char* compiled_instruction_set(); })
 
 namespace {
 
-constexpr const char* names[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* names[] = {"plain", "avx2", "avx512"};
 
 Isa best() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  FASTGAN_IF_AVX512(bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");)
-  FASTGAN_IF_AVX512_BF16(if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;)
-  FASTGAN_IF_AVX512(if (avx512) return Isa::avx512;)
+  FASTGAN_IF_AVX512(if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return Isa::avx512;)
   FASTGAN_IF_AVX2(if (avx2) return Isa::avx2;)
 #endif
   return Isa::plain;
@@ -32,13 +31,13 @@ Isa choose() {
   Isa found = best();
   const char* asked = std::getenv("FASTGAN_CPU");
   if (asked == nullptr || *asked == '\0') return found;
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < 3; i++) {
     if (std::string(asked) != names[i]) continue;
     STD_TORCH_CHECK(i <= static_cast<int>(found), "FASTGAN_CPU=", asked, ": this processor and build offer at most ",
                     names[static_cast<int>(found)]);
     return static_cast<Isa>(i);
   }
-  STD_TORCH_CHECK(false, "FASTGAN_CPU must be plain, avx2, avx512 or avx512_bf16, got ", asked);
+  STD_TORCH_CHECK(false, "FASTGAN_CPU must be plain, avx2 or avx512, got ", asked);
 }
 
 }  // namespace
@@ -48,6 +47,9 @@ Isa isa() {
   return chosen;
 }
 
-std::string instruction_set() { return FASTGAN_DISPATCH(compiled_instruction_set()); }
+std::string instruction_set() {
+  FASTGAN_IF_AVX512(if (isa() == Isa::avx512) return avx512::compiled_instruction_set();)
+  return FASTGAN_DISPATCH(compiled_instruction_set());
+}
 
 }  // namespace fastgan::cpu

@@ -1,16 +1,21 @@
-// torch's own thread pool, one call per item: who computes an item never changes its result.
+// torch's own thread pool, one call per item: who computes an item never changes its result. Behind a plain function, so
+// that kernels are compiled without torch's headers: seconds for each instruction set.
 #pragma once
-#include <torch/csrc/stable/ops.h>
+#include <cstdint>
 
-namespace fastgan::cpu::FASTGAN_ISA {
+namespace fastgan::cpu {
+
+void parallel_items(int64_t count, void (*item)(const void* context, int64_t i), const void* context);
+int64_t thread_count();
+
+namespace FASTGAN_ISA {
 namespace {
 
 template <class F>
 void parallel(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) f(i);
-  });
+  parallel_items(count, [](const void* context, int64_t i) { (*static_cast<const F*>(context))(i); }, &f);
 }
 
 }  // namespace
-}  // namespace fastgan::cpu::FASTGAN_ISA
+}  // namespace FASTGAN_ISA
+}  // namespace fastgan::cpu

@@ -20,24 +20,41 @@ struct Filters {
   }
 };
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// Eight rows of eight, transposed in registers: rows[i][j] becomes rows[j][i].
-FASTGAN_INLINE void transpose(Vec<float> (&rows)[8]) {
-  Vec<float> pairs[8], quads[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]), pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+#define FASTGAN_PS(operation) _mm512_##operation##_ps
+#else
+#define FASTGAN_PS(operation) _mm256_##operation##_ps
+#endif
+// As many rows as lanes, transposed in registers: rows[i][j] becomes rows[j][i].
+FASTGAN_INLINE void transpose(Vec<float> (&rows)[lanes<float>]) {
+  constexpr int n = lanes<float>;
+  Vec<float> pairs[n], quads[n];  // transposed within each quarter of four lanes
+  FASTGAN_UNROLL for (int i = 0; i < n; i += 2) {
+    pairs[i] = FASTGAN_PS(unpacklo)(rows[i], rows[i + 1]), pairs[i + 1] = FASTGAN_PS(unpackhi)(rows[i], rows[i + 1]);
   }
-  for (int i = 0; i < 8; i += 4) {
+  FASTGAN_UNROLL for (int i = 0; i < n; i += 4) {
     for (int j = 0; j < 2; j++) {
-      quads[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
-      quads[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+      quads[i + 2 * j] = FASTGAN_PS(shuffle)(pairs[i + j], pairs[i + j + 2], 0x44);
+      quads[i + 2 * j + 1] = FASTGAN_PS(shuffle)(pairs[i + j], pairs[i + j + 2], 0xee);
     }
   }
-  for (int i = 0; i < 4; i++) {
+  FASTGAN_UNROLL for (int i = 0; i < 4; i++) {  // the quarters themselves
+#if defined(__AVX512F__)
+    Vec<float> low[2], high[2];
+    for (int j = 0; j < 2; j++) {
+      low[j] = _mm512_shuffle_f32x4(quads[8 * j + i], quads[8 * j + i + 4], 0x44);
+      high[j] = _mm512_shuffle_f32x4(quads[8 * j + i], quads[8 * j + i + 4], 0xee);
+    }
+    rows[i] = _mm512_shuffle_f32x4(low[0], low[1], 0x88), rows[i + 4] = _mm512_shuffle_f32x4(low[0], low[1], 0xdd);
+    rows[i + 8] = _mm512_shuffle_f32x4(high[0], high[1], 0x88), rows[i + 12] = _mm512_shuffle_f32x4(high[0], high[1], 0xdd);
+#else
     rows[i] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
     rows[i + 4] = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+#endif
   }
 }
+#undef FASTGAN_PS
 template <class T>
 constexpr bool has_transpose = std::is_same_v<T, float>;
 #else

@@ -64,17 +64,18 @@ struct Thin {
   }
 
   void to_large(const Source<T>& source, const Filters<const T>& weight, const Sink<T>& sink) const {
-    T* u = scratch<T>(Scratch::weight, columns * depth);
-    scheme.weight_to_large(weight, 0, depth / panel<T>, 0, columns, u, 0);
+    int64_t width = padded<T>(depth);
+    T* u = scratch<T>(Scratch::weight, columns * width);
+    scheme.weight_to_large(weight, 0, panels<T>(depth), 0, columns, u, 0);
     parallel(s.N, [&](int64_t image) {
       T* large = scratch<T>(Scratch::image, scheme.large.size());
-      T* product = scratch<T>(Scratch::sums, s.W * depth);
+      T* product = scratch<T>(Scratch::sums, s.W * width);
       std::fill_n(large, scheme.large.size(), T(0));
       for (int64_t y = 0; y < s.H; y++) {
         const T* row = read_small_row(source, image, y);
         for (int64_t x = 0; x < s.W; x += pixels_at_once) {
           multiply_rows(row + x * columns, Strides{columns, 1, run_length, run_length}, u, columns * panel<T>, columns, run_length,
-                        product + x * depth, depth, panel<T>, depth / panel<T>, std::min(pixels_at_once, s.W - x), false);
+                        product + x * width, width, panel<T>, panels<T>(depth), std::min(pixels_at_once, s.W - x), false);
         }
         switch (s.C) {
           case 1: add_row<2>(product, large + 2 * y * line); break;
@@ -87,17 +88,18 @@ struct Thin {
     });
   }
 
-  // Adds one row of small pixels, [W][4][2 * half], to the four rows of the image that they meet: neighbours share half
-  // of their columns, added in one go, for a sum just stored is slow to read again.
+  // Adds one row of small pixels, [W][4][2 * half] and whole panels of it, to the four rows of the image that they meet:
+  // neighbours share half of their columns, added in one go, for a sum just stored is slow to read again.
   template <int half>
   void add_row(const T* product, T* large) const {
+    constexpr int64_t pixel = padded<T>(8 * half);
     for (int ky = 0; ky < 4; ky++, product += 2 * half, large += line) {
       const T* from = product;
       T* to = large;
       for (int i = 0; i < half; i++) to[i] += from[i];
       for (int64_t x = 1; x < s.W; x++) {
         const T* before = from + half;
-        from += 8 * half, to += half;
+        from += pixel, to += half;
         T sum[half];
         for (int i = 0; i < half; i++) sum[i] = to[i] + (before[i] + from[i]);
         std::copy_n(sum, half, to);

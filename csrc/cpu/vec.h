@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 #pragma GCC diagnostic ignored "-Wpsabi"  // registers never cross a function that is not inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the intrinsics' own undefined operands
 
 #define FASTGAN_INLINE inline __attribute__((always_inline))
 #define FASTGAN_UNROLL _Pragma("GCC unroll 16")  // loops over registers, which an index in memory would spill
@@ -41,6 +42,20 @@ FASTGAN_INLINE void store(T* p, Vec<T> v) {
 }
 
 // The first n lanes; the others are 0 (load) or not written (store).
+#if defined(__AVX512F__)
+FASTGAN_INLINE Vec<float> load(const float* p, int64_t n) {
+  return n >= lanes<float> ? load(p) : _mm512_maskz_loadu_ps((1u << n) - 1, p);
+}
+FASTGAN_INLINE Vec<double> load(const double* p, int64_t n) {
+  return n >= lanes<double> ? load(p) : _mm512_maskz_loadu_pd((1u << n) - 1, p);
+}
+FASTGAN_INLINE void store(float* p, Vec<float> v, int64_t n) {
+  n >= lanes<float> ? store(p, v) : _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+}
+FASTGAN_INLINE void store(double* p, Vec<double> v, int64_t n) {
+  n >= lanes<double> ? store(p, v) : _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
+}
+#else
 template <class T>
 FASTGAN_INLINE Vec<T> load(const T* p, int64_t n) {
   if (n >= lanes<T>) return load(p);
@@ -54,6 +69,7 @@ FASTGAN_INLINE void store(T* p, Vec<T> v, int64_t n) {
   if (n >= lanes<T>) return store(p, v);
   for (int64_t i = 0; i < n; i++) p[i] = v[i];
 }
+#endif
 
 // The same value in every lane. Spelt out per set: compilers build it from a loop or `{} + x` one lane at a time.
 FASTGAN_INLINE Vec<float> splat(float x) {
