@@ -1,5 +1,5 @@
-"""Errors of the kernels beside PyTorch's own, against the fp64 definition: `python benchmarks/error_table.py --write`
-makes `docs/errors.md`.
+"""Errors of the kernels beside PyTorch's own, against the fp64 definition: `python benchmarks/error_table.py` makes
+`docs/errors.md`.
 
 On a machine without a card Triton's kernels run in the mended interpreter of `tests/interpreter.py`. The rows are
 outputs of the public operations, forward and backward, so that PyTorch's own implementation is what a user would have
@@ -102,7 +102,7 @@ def main() -> None:
     lines = [
         "# Errors of the kernels beside PyTorch's own",
         "",
-        "Made by `python benchmarks/error_table.py --write`; do not edit. RMS and maximum error against the definition",
+        "Made by `python benchmarks/error_table.py`; do not edit. RMS and maximum error against the definition",
         "in fp64, of one input each, for the outputs of the public operations and their first gradients. PyTorch's are",
         f"those of {torch.__version__} in the same dtype on the same device, {DEVICE}"
         + (", where Triton's kernels run in the interpreter." if DEVICE == "cpu" else "."),
@@ -115,9 +115,7 @@ def main() -> None:
     for *what, mine, own in rows():
         numbers = (f"{value:.2e}" for value in (mine.rms, own.rms, mine.max, own.max))
         lines.append(f"| {' | '.join((*what, *numbers))} |")
-    print("\n".join(lines))
-    if sys.argv[1:] == ["--write"]:
-        PAGE.write_text("\n".join(lines) + "\n")
+    PAGE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
