@@ -46,7 +46,7 @@ def gan_bce(
     if second is not first and (second.dtype != first.dtype or second.device != first.device):
         raise ValueError(
             f"gan_bce: real_logits are {first.dtype} on {first.device}, "
-            f"fake_logits {fake_logits.dtype} on {fake_logits.device}; expected the same"
+            f"fake_logits {second.dtype} on {second.device}; expected the same"
         )
     choice = chosen("gan_bce", first, backend)
     if choice.definition or second.numel() == 0:
