@@ -1,10 +1,13 @@
-"""Errors of the Triton kernels beside PyTorch's own, against the fp64 definition: `python benchmarks/error_table.py`.
+"""Errors of the kernels beside PyTorch's own, against the fp64 definition: `python benchmarks/error_table.py` makes
+`docs/errors.md`.
 
-On a machine without a card the kernels run in the mended interpreter of `tests/interpreter.py`. The rows are outputs of
-the public operations, forward and backward, so that PyTorch's own implementation is what a user would have run.
+On a machine without a card Triton's kernels run in the mended interpreter of `tests/interpreter.py`. The rows are
+outputs of the public operations, forward and backward, so that PyTorch's own implementation is what a user would have
+run: of the same dtype, on the same device.
 """
 
 import sys
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -14,9 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton_device import DEVICE
 
-from fastgan.ops import bn_act, gan_bce
+from fastgan import backends
+from fastgan.ops import bn_act, conv_bn_act, conv_transpose_bn_act, gan_bce
 from fastgan.tolerance import errors
 
+PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+BACKENDS = ("cpu", "triton") if DEVICE == "cpu" else ("triton", "cuda")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -28,6 +34,21 @@ def bn_act_results(x: Tensor, weight: Tensor, bias: Tensor, dz: Tensor, backend:
         z = bn_act(leaves[0], None, None, *leaves[1:], training=True, backend=backend)
     gradients = torch.autograd.grad(z, leaves, dz.to(z.dtype))
     return dict(zip(("z", "dx", "dweight", "dbias"), (z.detach(), *gradients), strict=True))
+
+
+def convolution_results(public, definition):
+    def results(x: Tensor, filters: Tensor, weight: Tensor, bias: Tensor, dz: Tensor, backend: str | None):
+        leaves = [t.detach().requires_grad_() for t in (x, filters, weight, bias)]
+        if backend is None:
+            y = definition(leaves[0], leaves[1], stride=2, padding=1)
+            z = F.leaky_relu(F.batch_norm(y, None, None, *leaves[2:], True), 0.2)
+        else:
+            norm = {"bn_weight": leaves[2], "bn_bias": leaves[3]}
+            z = public(*leaves[:2], **norm, stride=2, padding=1, training=True, backend=backend)
+        gradients = torch.autograd.grad(z, leaves, dz.to(z.dtype))
+        return dict(zip(("z", "dx", "dfilters", "dweight", "dbias"), (z.detach(), *gradients), strict=True))
+
+    return results
 
 
 def gan_bce_results(real: Tensor, fake: Tensor, backend: str | None) -> dict[str, Tensor]:
@@ -43,33 +64,58 @@ def gan_bce_results(real: Tensor, fake: Tensor, backend: str | None) -> dict[str
 
 
 def rows():
-    """(operation, output, dtype, layout, errors of Triton, errors of PyTorch)"""
-    for name, dtype in DTYPES.items():
+    """(operation, output, dtype, layout, backend, its errors, PyTorch's)"""
+    for (name, dtype), backend in product(DTYPES.items(), BACKENDS):
+        if backends.why_not(backend, "bn_act", DEVICE, dtype) is not None:
+            continue
         for layout, memory in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last)):
             torch.manual_seed(0)
             x = (2 * torch.randn(8, 32, 12, 12) + 1).to(DEVICE, dtype).to(memory_format=memory)
             weight, bias, dz = torch.randn(32).to(DEVICE), torch.randn(32).to(DEVICE), torch.randn_like(x)
-            v = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True)
-            args = (x, weight, bias, torch.where(v.abs() < 1e-4, 0, dz))
-            yield from _compare("bn_act", bn_act_results, args, name, layout)
+            args = (x, weight, bias, _settled(dz, x, weight, bias))
+            yield from _compare("bn_act", bn_act_results, args, name, layout, backend)
+            for public, definition in ((conv_bn_act, F.conv2d), (conv_transpose_bn_act, F.conv_transpose2d)):
+                filters = (0.1 * torch.randn(32, 32, 4, 4)).to(DEVICE, dtype)
+                y = definition(x.double(), filters.double(), stride=2, padding=1)
+                args = (x, filters, weight, bias, _settled(torch.randn_like(y).to(dtype), y, weight, bias))
+                results = convolution_results(public, definition)
+                yield from _compare(public.__name__, results, args, name, layout, backend)
         torch.manual_seed(0)
         args = tuple((5 * torch.randn(1024)).to(DEVICE, dtype) for _ in range(2))
-        yield from _compare("gan_bce", gan_bce_results, args, name, "any")
+        yield from _compare("gan_bce", gan_bce_results, args, name, "any", backend)
 
 
-def _compare(operation, results, args, dtype, layout):
-    got, own, truth = results(*args, "triton"), results(*args, None), results(*(a.double() for a in args), None)
+def _settled(dz: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`dz` with 0 where rounding decides the sign of v: there either branch's gradient is right."""
+    v = F.batch_norm(y.double(), None, None, weight.double(), bias.double(), True)
+    return torch.where(v.abs() < 2 * torch.finfo(dz.dtype).eps ** 0.5, 0, dz)
+
+
+def _compare(operation, results, args, dtype, layout, backend):
+    got, own, truth = results(*args, backend), results(*args, None), results(*(a.double() for a in args), None)
     for output in got:
-        yield operation, output, dtype, layout, errors(got[output], truth[output]), errors(own[output], truth[output])
+        mine, theirs = errors(got[output], truth[output]), errors(own[output], truth[output])
+        yield operation, output, dtype, layout, backend, mine, theirs
 
 
 def main() -> None:
-    print(f"Triton on {DEVICE}" + (" (interpreter)" if DEVICE == "cpu" else "") + f", PyTorch {torch.__version__}\n")
-    print("| operation | output | dtype | layout | Triton RMS | PyTorch RMS | Triton max | PyTorch max |")
-    print("|---|---|---|---|---|---|---|---|")
-    for operation, output, dtype, layout, mine, own in rows():
-        numbers = " | ".join(f"{value:.2e}" for value in (mine.rms, own.rms, mine.max, own.max))
-        print(f"| {operation} | {output} | {dtype} | {layout} | {numbers} |")
+    lines = [
+        "# Errors of the kernels beside PyTorch's own",
+        "",
+        "Made by `python benchmarks/error_table.py`; do not edit. RMS and maximum error against the definition",
+        "in fp64, of one input each, for the outputs of the public operations and their first gradients. PyTorch's are",
+        f"those of {torch.__version__} in the same dtype on the same device, {DEVICE}"
+        + (", where Triton's kernels run in the interpreter." if DEVICE == "cpu" else "."),
+        "What every run of the tests asks for is in [coverage.md](coverage.md).",
+        "The convolution itself is the library's in both columns.",
+        "",
+        "| operation | output | dtype | layout | backend | RMS | PyTorch's RMS | max | PyTorch's max |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for *what, mine, own in rows():
+        numbers = (f"{value:.2e}" for value in (mine.rms, own.rms, mine.max, own.max))
+        lines.append(f"| {' | '.join((*what, *numbers))} |")
+    PAGE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,20 +81,22 @@ def verdict(module, name, several, factor=FACTOR):
     return misses(*joined, factor)
 
 
-def seeds(shape, name):
+def seeds(shape, name, dtype=torch.float32):
     """As many draws as give 64 sums: of 8, one kernel's or PyTorch's luck decides (RMS ratios from 0.9 to 4.0 for the
-    same code were seen, with 64 of them 0.7 to 1.5, with 128 of them 0.9 to 1.1)."""
-    return range(-(-64 // shape[1]) if name in ("bn_stats", "bn_act_reduce") else 1)
+    same code were seen, with 64 of them 0.7 to 1.5, with 128 of them 0.9 to 1.1). In fp64 luck has no part: the rule
+    lets thousands of ulps pass."""
+    alone = dtype == torch.float64 or name not in ("bn_stats", "bn_act_reduce")
+    return range(1 if alone else -(-64 // shape[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "layout"), CASES, ids=str)
 @pytest.mark.parametrize("name", SPLIT)
 def test_kernel(name, shape, layout, dtype):
-    if (shape, layout) in SLOW and name in ("bn_stats", "bn_act_reduce") and dtype != torch.float32:
-        pytest.skip("64 sums of it take seconds in the interpreter: here fp32 has the shape, `slow` the other dtypes")
+    if (shape, layout) in SLOW and len(seeds(shape, name, dtype)) > 1 and dtype != torch.float32:
+        pytest.skip("64 sums of it take seconds in the interpreter: here fp32 has the shape, `slow` the halves")
     slope = {torch.float32: 0.2, torch.float16: 0.0, torch.bfloat16: 0.2, torch.float64: 1.0}[dtype]
-    several = [arguments(name, shape, layout, dtype, slope, seed) for seed in seeds(shape, name)]
+    several = [arguments(name, shape, layout, dtype, slope, seed) for seed in seeds(shape, name, dtype)]
     assert verdict(kernels, name, several) is None
 
 
@@ -104,7 +106,7 @@ def test_kernel(name, shape, layout, dtype):
 @pytest.mark.parametrize("slope", [0.0, 0.2, 1.0, -0.5])
 @pytest.mark.parametrize("name", SPLIT)
 def test_kernel_full_product(name, shape, layout, dtype, slope):
-    several = [arguments(name, shape, layout, dtype, slope, seed) for seed in seeds(shape, name)]
+    several = [arguments(name, shape, layout, dtype, slope, seed) for seed in seeds(shape, name, dtype)]
     assert verdict(kernels, name, several) is None
 
 
