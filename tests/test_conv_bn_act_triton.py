@@ -176,6 +176,18 @@ def test_phases_are_merged_where_that_multiplies_less(case, merged, monkeypatch)
     assert launched(case, monkeypatch)["MERGED"] == merged
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("operand", "kernel", "channels"),
+    [("activation", 4, 3), ("gradient", 4, 3), ("activation", 4, 1), ("leaky", 5, 3), ("gradient", 3, 1)],
+)
+def test_merged_phases_are_as_right_as_pytorch(operand, kernel, channels, dtype):
+    """A generator's last layer, and the gradient of a discriminator's first by its images."""
+    ends = {"small_channels": 64, "large_channels": channels, "image": (3, 16, 14)}
+    case = Case(True, (kernel, kernel), **ends, operand=operand, epilogue="store", bias=kernel == 4, dtype=dtype)
+    assert verdict(kernels, "convolve", [convolve_arguments(case)]) is None
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_merged_phases_keep_what_is_not_finite_where_pytorch_has_it(bad):
     """A kernel of 4 at a stride of 2 gives every phase the same positions: no output meets a pixel that is not its."""
