@@ -3,12 +3,16 @@
 pytest -o addopts= benchmarks/bench_overhead.py --benchmark-only --benchmark-group-by=param:operation
 `python benchmarks/bench_overhead.py` prints the difference, paired in one process, which is what to quote.
 
-By hand is the shortest Python that does the same work: with backend "eager" the functions of torch that the definition
-calls, in its order; with "cpu" the same C++ operators, called from the least `torch.autograd.Function` that can be
-differentiated once. "Added" is the difference: checks, the choice of the backend, the way to it, counting, what second
-gradients need. Rows named "or eager" have PyTorch's own functions on the right instead: what it costs, or saves, to
-take the CPU kernels on a tensor so small that only calls count. Below stand the floors, costs of torch that are in both
-columns of the "cpu" rows: of entering and leaving a custom function that computes nothing, and of calling an operator.
+**Added Python** is a call of the public function minus the same work by hand, median over pairs of calls that follow
+each other. By hand is the shortest Python that runs the same kernels with the same arguments and results, ready for one
+backward: with backend "eager" the functions of torch.nn.functional that the definition stands for, in its order; with
+"cpu" the same C++ operators, called from the least `torch.autograd.Function` that can be differentiated once. Kernels,
+allocations and autograd's own work are thus in both columns, and what is left is fastgan's: checks, the choice of the
+backend, the way to it, counting, version counters, what second gradients need.
+
+Rows named "or eager" have PyTorch's own functions on the right: what it costs, or saves, to take the CPU kernels on a
+tensor so small that only calls count. Below stand the floors, costs of torch that both columns of the "cpu" rows have:
+of entering and leaving a custom function that computes nothing, and of calling an operator.
 """
 
 from collections.abc import Callable
@@ -100,22 +104,23 @@ def backward_of(output, *inputs) -> Callable[[], object]:
 def pairs() -> dict[str, tuple[Callable, Callable]]:
     """{operation: (the public function, the same by hand)}"""
     library.load("cpu")
-    norm = (MEAN, VAR, WEIGHT, BIAS)
-    cpu = lambda: bn_act(Y, *norm, training=True, backend="cpu")  # noqa: E731
+    cpu = lambda: bn_act(Y, MEAN, VAR, WEIGHT, BIAS, training=True, backend="cpu")  # noqa: E731
     cpu_losses = lambda: gan_bce(REAL, FAKE, backend="cpu")  # noqa: E731
     cpu_backward = backward_of(cpu(), Y, WEIGHT, BIAS)
     cpu_losses_backward = backward_of(sum(cpu_losses()[:2]), REAL, FAKE)
     return {
-        "bn_act eager": (lambda: bn_act(Y, *norm, training=True, backend="eager"), lambda: eager_bn_act(Y)),
-        "bn_act default": (lambda: bn_act(Y, *norm, training=True), lambda: eager_bn_act(Y)),
+        "bn_act eager": (
+            lambda: bn_act(Y, MEAN, VAR, WEIGHT, BIAS, training=True, backend="eager"), lambda: eager_bn_act(Y),
+        ),
+        "bn_act default": (lambda: bn_act(Y, MEAN, VAR, WEIGHT, BIAS, training=True), lambda: eager_bn_act(Y)),
         "bn_act cpu": (cpu, cpu_bn_act),
         "bn_act cpu backward": (cpu_backward, backward_of(cpu_bn_act(), Y, WEIGHT, BIAS)),
         "conv_bn_act eager": (
-            lambda: conv_bn_act(Y, FILTER, *norm, padding=1, training=True, backend="eager"),
+            lambda: conv_bn_act(Y, FILTER, MEAN, VAR, WEIGHT, BIAS, padding=1, training=True, backend="eager"),
             lambda: eager_bn_act(F.conv2d(Y, FILTER, padding=1)),
         ),
         "conv_bn_act cpu": (
-            lambda: conv_bn_act(Y, FILTER, *norm, padding=1, training=True, backend="cpu"),
+            lambda: conv_bn_act(Y, FILTER, MEAN, VAR, WEIGHT, BIAS, padding=1, training=True, backend="cpu"),
             lambda: BnAct.apply(F.conv2d(Y, FILTER, padding=1), WEIGHT, BIAS, MEAN, VAR, 0.1, 1e-5, 0.2),
         ),
         "gan_bce eager": (lambda: gan_bce(REAL, FAKE, backend="eager"), eager_gan_bce),
@@ -152,18 +157,20 @@ def test_overhead(benchmark, operation, written):
     benchmark(pairs()[operation][written == "by hand"])
 
 
-def microseconds(call: Callable, times: int = 20) -> float:
+def microseconds(call: Callable) -> float:
     start = perf_counter()
-    for _ in range(times):
-        call()
-    return (perf_counter() - start) / times * 1e6
+    call()
+    return (perf_counter() - start) * 1e6
 
 
-def main(rounds: int = 80) -> None:
+def main(rounds: int = 1200) -> None:
     torch.set_num_threads(1)
     print(f"{'microseconds a call':30} fastgan  by hand  added: median (quartiles)")
     for name, (public, by_hand) in pairs().items():
-        found = [(microseconds(public), microseconds(by_hand)) for _ in range(rounds)][rounds // 10 :]
+        # Call by call, and each first in turn: the speed of a shared machine moves by half within a second.
+        order = ((public, by_hand), (by_hand, public))
+        found = [[microseconds(call) for call in order[i % 2]] for i in range(rounds)][rounds // 10 :]
+        found = [pair if i % 2 == 0 else pair[::-1] for i, pair in enumerate(found, rounds // 10)]
         ours, theirs = (median(column) for column in zip(*found, strict=True))
         added = sorted(a - b for a, b in found)
         quartiles = f"({added[len(added) // 4]:.1f} to {added[3 * len(added) // 4]:.1f})"

@@ -11,6 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import goals as wanted
+
 from fastgan.bench import plot, results
 from fastgan.bench.cases import CASES
 from fastgan.bench.machine import best_of
@@ -207,6 +209,13 @@ def default_run() -> str:
     )
 
 
+def goals() -> str:
+    """What a CPU's speed shall be, and what was measured."""
+    layers = [row for row in pairs("layers") if row["provider"] == "cpu"]
+    found = [*wanted.of_steps(step_rows()), *wanted.of_layers(layers), *wanted.of_operations(pairs("operations"))]
+    return table(["what", "goal", "measured", "reached"], [goal.line() for goal in found])
+
+
 def measured_on() -> str:
     """Machine, versions and commits of the steps."""
     found = step_data()
@@ -227,7 +236,7 @@ def commands() -> str:
 
 TABLES = {
     f.__name__.replace("_", "-"): f
-    for f in (speed, steps, options, profile, memory, layers, operations, default_run, measured_on, commands)
+    for f in (speed, goals, steps, options, profile, memory, layers, operations, default_run, measured_on, commands)
 }
 
 

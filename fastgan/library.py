@@ -23,6 +23,7 @@ from fastgan.errors import BackendError
 
 _outcomes: dict[str, BackendError | None] = {}
 _mutex = threading.Lock()
+_FAILURE = "failure.json"
 
 
 def load(library: str) -> None:
@@ -35,12 +36,14 @@ def load(library: str) -> None:
     with _mutex:
         if library not in _outcomes:
             try:
-                torch.ops.load_library(_find_or_build(library))
+                path = _find_or_build(library)
+                try:
+                    torch.ops.load_library(path)
+                except OSError as error:
+                    raise build.BuildError(_unloadable(path, library, error.__cause__ or error)) from error
                 _outcomes[library] = None
             except build.BuildError as error:
                 _outcomes[library] = BackendError(f"the {library} library is not available: {error}")
-            except OSError as error:
-                _outcomes[library] = BackendError(f"the {library} library does not load: {error}")
     if (failure := _outcomes[library]) is not None:
         raise failure
 
@@ -74,6 +77,17 @@ def _find_or_build(library: str) -> Path:
         if jit == "0":
             raise build.BuildError(f"{reason}, and FASTGAN_JIT=0 forbids building it now. Install fastgan again.")
     return build_just_in_time(library, reason, retry=jit == "1")
+
+
+def _unloadable(path: Path, library: str, error: BaseException) -> str:
+    """What to say; a library built just in time is removed, so that it is not taken for complete ever again."""
+    said = f"it was built but does not load: {error}"
+    if path.parent == _package_file(path.name).parent:
+        return f"{said}. Install fastgan again, or set FASTGAN_JIT=1 to build it anew."
+    write_record(path.with_name(_FAILURE), {"error": said})
+    path.with_name(_record_name(library)).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    return f"{said}. FASTGAN_JIT=1 builds it anew."
 
 
 # --- the library that came with the installation --------------------------------------------------------------
@@ -142,7 +156,7 @@ def build_just_in_time(library: str, reason: str, retry: bool = False) -> Path:
     output, record, failure = (
         folder / build.library_filename(library),
         folder / _record_name(library),
-        folder / "failure.json",
+        folder / _FAILURE,
     )
     if record.is_file():
         return output

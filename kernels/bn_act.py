@@ -62,9 +62,15 @@ def _left(size, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _blocks(size, BLOCK: tl.constexpr):
+    """How many blocks cover `size` > 0. The sum in tl.cdiv passes 2^31 where the size nearly does."""
+    return (size - 1) // BLOCK + 1
+
+
+@triton.jit
 def _tile(rows, columns, channels, CHANNELS_LAST: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr):
     """One program's tile: 64-bit start, 32-bit offsets, mask, and the channels along the axis that they vary on."""
-    column_tiles = tl.cdiv(columns, BL)
+    column_tiles = _blocks(columns, BL)
     row = (tl.program_id(0) // column_tiles).to(tl.int64) * BR
     column = (tl.program_id(0) % column_tiles).to(tl.int64) * BL
     start = row * columns + column
@@ -122,11 +128,11 @@ def _walk(rows, columns, channels, per_split, CHANNELS_LAST: tl.constexpr, BR: t
     if CHANNELS_LAST:
         channel = tl.program_id(0) * BL + tl.arange(0, BL)
         column_tiles = 1
-        tiles = tl.cdiv(rows, BR)
+        tiles = _blocks(rows, BR)
     else:
         channel = tl.program_id(0) + tl.arange(0, 1)
-        column_tiles = tl.cdiv(columns, BL)
-        tiles = tl.cdiv(rows, BR) * column_tiles
+        column_tiles = _blocks(columns, BL)
+        tiles = _blocks(rows, BR) * column_tiles
     first = tl.program_id(1) * per_split
     return channel, channel < channels, first, tl.minimum(first + per_split, tiles), column_tiles
 

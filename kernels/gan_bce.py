@@ -17,8 +17,8 @@ def _half(logits, grad, n, TARGET: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.co
     """Mean loss and mean sigmoid of n logits; stores the gradients."""
     losses = tl.zeros((BLOCK,), ACC)
     means = tl.zeros((BLOCK,), ACC)
-    for start in range(0, n, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for block in range(0, (n - 1) // BLOCK + 1):  # by elements, a count of 32 bits would pass 2^31 where n nearly does
+        at = block * BLOCK + tl.arange(0, BLOCK)
         inside = at < n
         x = tl.load(logits + at, inside, 0.0).to(ACC)
         e = tl.exp(-tl.abs(x))

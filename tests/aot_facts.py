@@ -41,3 +41,18 @@ def ordered_arrivals(ptx: str) -> int:
         ):
             return -1
     return len(found)
+
+
+def loops_by_more_than_one(ttir: str) -> int:
+    """How many loops count with 32 bits in steps that could pass 2^31 before they end: all but those by one."""
+    loops = re.findall(r"scf\.for .* step (\S+) .*: i32", ttir)
+    return sum(not re.fullmatch(r"%c1_i32(_\d+)?", step) for step in loops)
+
+
+def longest_chain(ptx: str) -> int:
+    """How many additions of fp32 numbers follow each other, each of the one before."""
+    lengths: dict[str, int] = {}
+    for what, target, sources in re.findall(r"^\s*(add\.f32|shfl\S*|mov\.b32)\s+(%\w+),(.*);", ptx, re.MULTILINE):
+        before = max((lengths.get(name, 0) for name in re.findall(r"%\w+", sources)), default=0)
+        lengths[target] = before + (what == "add.f32")
+    return max(lengths.values(), default=0)

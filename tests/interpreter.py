@@ -8,8 +8,8 @@ Here
 * a bf16 tensor is held as fp32 numbers that bf16 can represent, and every operation rounds its result;
 * `tl.dot` rounds tf32 operands as `cvt.rna.tf32` does, and multiplies halves in fp32;
 * `triton.autotune` takes the first configuration;
-* `tl.sum` adds pairwise, as the device's threads and shuffles nearly do, and not one by one as NumPy does
-  down columns;
+* `tl.sum` adds in a balanced tree and not one by one as NumPy does down columns: Triton 3.9 compiles a tree within each
+  thread and then butterfly shuffles, as many steps deep (`tests/test_aot.py` counts them), of other pairs;
 * every unmasked lane must lie inside a tensor argument, and a masked load must say what its masked lanes
   hold;
 * `triton.language` is patched once, and stays patched: this process cannot compile kernels any more.

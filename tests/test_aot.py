@@ -11,13 +11,41 @@ import pytest
 BUDGET = json.loads(aot_facts.BUDGET.read_text())
 
 
-@pytest.fixture(scope="module")
-def found():
+def printed_by(script):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(aot_facts.SCRIPT)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return printed_by(aot_facts.SCRIPT)
+
+
+def test_a_sum_is_a_balanced_tree_as_in_the_mended_interpreter():
+    """1,024 numbers in 10 steps: 5 within each thread's 32, 5 shuffles. One by one they would be 36."""
+    assert printed_by(aot_facts.SCRIPT.with_name("aot_sums.py")) == {"80": 10, "90": 10}
+
+
+def test_a_chain_of_additions_is_counted():
+    ptx = "add.f32 %f3, %f1, %f2;\n shfl.sync.bfly.b32 %r1, %f3, 16, 31, -1;\n add.f32 %f4, %f3, %r1;\n"
+    assert aot_facts.longest_chain(ptx) == 2
+    assert aot_facts.longest_chain(ptx + "add.f32 %f6, %f5, %f2;\n") == 2
+
+
+def test_no_loop_counts_past_two_to_the_31(found):
+    """A loop over elements by BLOCK would not end where their number lies in (2^31 - BLOCK, 2^31). Those of the
+    convolutions' constants (block_constants) are over tiles, of which there are never so many."""
+    wrong = {name for name, facts in found.items() if facts["loops that may pass 2^31"]}
+    assert {name for name in wrong if "block_" not in name} == set()
+
+
+def test_a_loop_that_may_count_past_two_to_the_31_is_noticed():
+    loop = "    %5:2 = scf.for %i = %c0_i32 to %n step %c4096_i32 iter_args(%a = %b) -> (tensor<4xf32>)  : i32 {"
+    assert aot_facts.loops_by_more_than_one(loop) == 1
+    assert aot_facts.loops_by_more_than_one(loop.replace("4096", "1")) == 0
+    assert aot_facts.loops_by_more_than_one(loop.replace("i32 {", "i64 {")) == 0
 
 
 def test_the_budget_names_exactly_what_is_compiled(found):

@@ -22,12 +22,12 @@ X = torch.randn(4, 3, 5, 5, device=DEVICE)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Each test starts without decisions, verdicts and cached kernels, and leaves none."""
-    for table in (backends._decisions, backends._verdicts):
+    for table in (backends._choices, backends._verdicts):
         table.clear()
     backends.kernel.cache_clear()
     backends.reset_counts()
     yield
-    for table in (backends._decisions, backends._verdicts):
+    for table in (backends._choices, backends._verdicts):
         table.clear()
     backends.kernel.cache_clear()
 

@@ -82,10 +82,15 @@ def test_whole_kernels_refuse_what_does_not_fit_by_name():
         ({"weight": torch.ones(4)}, r"weight must have shape \[C\] = \[3\], got \[4\]"),
         ({"bias": torch.ones(3, dtype=torch.float64)}, "bias must be torch.float32"),
         ({"input": torch.randn(1, 3)}, "more than 1 value per channel"),
+        ({"input": torch.randn(1, 3), "running_mean": None, "running_var": None}, "more than 1 value per channel"),
+        ({"running_var": None}, "go together, got one of them"),
+        ({"running_var": None, "training": False}, "go together, got one of them"),
+        ({"running_mean": None, "running_var": None, "training": False}, "required when training=False"),
+        ({"eps": 0.0}, "eps must be positive in training"),
     ):
-        given = {"input": torch.randn(2, 3), "running_mean": torch.zeros(3), "running_var": torch.ones(3), **changes}
+        given = {"input": torch.randn(2, 3), "running_mean": torch.zeros(3), "running_var": torch.ones(3)}
         with pytest.raises(ValueError, match=message):
-            bn_act(**given, training=True, backend="cpu")
+            bn_act(**{**given, "training": True, **changes}, backend="cpu")
 
 
 # --- forward and backward in one call each --------------------------------------------------------------------------

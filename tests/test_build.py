@@ -187,13 +187,28 @@ def test_failure_is_raised_again_at_no_cost(monkeypatch):
     assert library.status("cpu") == "the cpu library is not available: nothing works"
 
 
-def test_library_that_does_not_load_is_explained(tmp_path, monkeypatch):
+def test_library_that_does_not_load_is_explained_and_not_kept(tmp_path, monkeypatch):
+    """Its record would call it complete for ever, and ninja its file up to date."""
     monkeypatch.setattr(library, "_outcomes", {})
     bad = tmp_path / "libfastgan_cpu.so"
-    bad.write_bytes(b"not a library")
+    bad.write_bytes(b"cut short")
+    library.write_record(tmp_path / "libfastgan_cpu.json", {})
     monkeypatch.setattr(library, "_find_or_build", lambda _: bad)
-    with pytest.raises(BackendError, match="the cpu library does not load"):
+    with pytest.raises(BackendError, match=r"built but does not load: .*too short.*FASTGAN_JIT=1 builds it anew"):
         library.load("cpu")
+    assert [f.name for f in tmp_path.iterdir()] == ["failure.json"]
+    assert "does not load" in json.loads((tmp_path / "failure.json").read_text())["error"]
+
+
+def test_installed_library_that_does_not_load_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "_outcomes", {})
+    monkeypatch.setattr(library, "_package_file", lambda name: tmp_path / name)
+    bad = tmp_path / "libfastgan_cpu.so"
+    bad.write_bytes(b"cut short")
+    monkeypatch.setattr(library, "_find_or_build", lambda _: bad)
+    with pytest.raises(BackendError, match="Install fastgan again"):
+        library.load("cpu")
+    assert bad.is_file()
 
 
 # --- built for X, running Y -----------------------------------------------------------------------

@@ -87,6 +87,6 @@ def test_one_wheel_serves_both(wheel, which):
     assert str(installed) in said
     files = [tests / f"test_{name}.py" for name in TESTS]
     # The operator is held against the SIMT module, which is compiled here whatever the torch.
-    passed = run([python, "-m", "pytest", "-p", "no:cacheprovider", *files], tests.parent, **environment)
-    print(said, passed[-300:])
+    passed = run([python, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *files], tests.parent, **environment)
+    print(said, *(line for line in passed.splitlines() if line.startswith("SKIPPED") or " passed" in line), sep="\n")
     assert " passed" in passed

@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train(Tensor y, std::optional<Tensor> 
       moving_var(op, "running_var", running_var, y);
   STD_TORCH_CHECK(bool(moving_mean) == bool(moving_var), op, ": running_mean and running_var come together");
   double count = static_cast<double>(y.numel() / p.C);
-  STD_TORCH_CHECK(count > 1 || !moving_mean, op, ": the running variance needs more than 1 value per channel");
+  STD_TORCH_CHECK(count > 1, op, ": expected more than 1 value per channel");
   Tensor mean = torch::stable::new_empty(y, {p.C}, stat_type(y)), var = torch::stable::empty_like(mean);
   Tensor z = torch::stable::empty_like(y);
   with_stat_type(y, [&]<class T>(T) {
@@ -168,6 +168,7 @@ Tensor bn_act_eval(Tensor y, std::optional<Tensor> weight, std::optional<Tensor>
                    std::optional<Tensor> var, double eps, double slope) {
   const char* op = "bn_act_eval";
   BnAct p = problem(op, BnActStep::apply, y);
+  STD_TORCH_CHECK(mean.has_value() == var.has_value(), op, ": mean and var come together");
   Tensor z = torch::stable::empty_like(y);
   p.slope = slope, p.out = z.mutable_data_ptr();
   std::vector<double> invstd = with_stat_type(

@@ -86,6 +86,8 @@ def _constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None,
         return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, 0.0)
     assert sums is not None
     same = (norm.values, gamma, beta, norm.eps, *running_statistics(norm, y.shape))
+    if len(norm.momenta) == 1:  # `split` and `cat` take longer than the kernel
+        return torch.ops.fastgan_cpu.block_constants(sums, *same, norm.momenta[0])
     pairs = zip(sums.split(2), norm.momenta, strict=True)
     return torch.cat([torch.ops.fastgan_cpu.block_constants(own, *same, momentum) for own, momentum in pairs])
 
@@ -155,9 +157,12 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
 def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
     """[A, B, C, mu] of each set from the sums over all processes, and this process's part of the affine gradient, which
     all sets share."""
-    pairs = zip(sums.split(2), constants.split(_ROWS), strict=True)
-    each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, norm.values) for pair in pairs]
-    by, affine = torch.cat([by for by, _ in each]), torch.stack([affine for _, affine in each]).sum(0)
+    if len(constants) == _ROWS:
+        by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
+    else:
+        pairs = zip(sums.split(2), constants.split(_ROWS), strict=True)
+        each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, norm.values) for pair in pairs]
+        by, affine = torch.cat([by for by, _ in each]), torch.stack([affine for _, affine in each]).sum(0)
     if norm.group is not None:
         from fastgan.ops.bn_act_sync import total
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgan.backends import PLAIN
 from fastgan.errors import FastganError
 
 LIBRARY = torch.library.Library("fastgan", "DEF")
@@ -59,7 +60,12 @@ def register(
 
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_PLAIN = PLAIN | {type(None)}
+
+
+def is_heard() -> bool:
+    """Whether a mode, transform or trace listens to what runs."""
+    return _modes() > 0 or _transforms() or _tracing() is not None
 
 
 def is_plain(first: Tensor, *others: Tensor | None) -> bool:
@@ -69,9 +75,7 @@ def is_plain(first: Tensor, *others: Tensor | None) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or _modes() > 0
-        or _transforms()
-        or _tracing() is not None
+        or is_heard()
         or not _PLAIN.issuperset(map(type, (first, *others)))
         or first.is_meta
     )

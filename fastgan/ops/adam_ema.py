@@ -98,13 +98,13 @@ def _definition(
     updates = step.float().reshape(())
     for dtype in dict.fromkeys(param.dtype for param in params):  # on CUDA a fused launch takes tensors of one
         of_one = [i for i, param in enumerate(params) if param.dtype == dtype]
-        lists = [[tensors[i] for i in of_one] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
-        fused(
-            *lists, [], [updates] * len(of_one),
+        group, *rest = [[tensors[i] for i in of_one] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+        fused(  # type: ignore[call-overload]
+            group, *rest, [], [updates] * len(of_one),
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         if ema_params:
-            torch._foreach_lerp_([ema_params[i] for i in of_one], lists[0], 1 - ema_decay)
+            torch._foreach_lerp_([ema_params[i] for i in of_one], group, 1 - ema_decay)
 
 
 define("adam_ema", {"adam_ema": _definition})

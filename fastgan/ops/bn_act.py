@@ -15,11 +15,11 @@ derivative is taken through the definition. Ioffe and Szegedy, "Batch Normalizat
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastgan.backends import Choice, choose, chosen, count, requested, run
-from fastgan.ops._library import direct, gradient_of_gradient, is_plain, register
+from fastgan.ops._library import direct, gradient_of_gradient, is_heard, is_plain, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
 if TYPE_CHECKING:
@@ -64,37 +64,38 @@ def bn_act(
         ValueError: a shape or dtype does not fit, or there is one value per channel in training.
         BackendError: the backend that was asked for cannot run.
     """
-    backend = requested(backend)
-    alone = process_group is None or not training
-    choice = chosen("bn_act", input, backend) if alone and input.numel() else None
-    if choice is not None and choice.whole and training and _is_many(input):
-        input = dense(input)
-        if is_plain(input, weight, bias, running_mean, running_var):
-            constants = (running_mean, running_var, momentum, eps, negative_slope)
-            try:
-                return _WholeTrain.apply(choice, input, weight, bias, *constants)
-            except RuntimeError:  # the kernel checks its arguments; this says what is wrong with them
-                _check(input, running_mean, running_var, weight, bias, training, alone)
-                raise
-    _check(input, running_mean, running_var, weight, bias, training, process_group is None)
     if process_group is not None and training:
+        _check(input, running_mean, running_var, weight, bias, training, eps, alone=False)
         from fastgan.ops.bn_act_sync import bn_act_sync
 
+        backend = requested(backend)
         return bn_act_sync(
             input, running_mean, running_var, weight, bias, momentum, eps, negative_slope, process_group, backend
         )
-    if choice is None:
-        count("eager", "bn_act")
-        v = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return activation(v, negative_slope)
+    choice = chosen("bn_act", input, backend)
+    try:  # torch's function and the whole kernels check their arguments themselves; `_check` explains
+        if choice.definition and not (training and (choice.single or eps <= 0)):
+            count("eager", "bn_act")
+            cudnn = torch.backends.cudnn.enabled
+            v = torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn)
+            return activation(v, negative_slope)
+        if choice.whole and eps > 0 and (training or running_mean is not None) and not is_heard():
+            if not choice.dense:
+                input = dense(input)
+            how = (choice, eps, negative_slope, training, running_mean, running_var, momentum)
+            return _Whole.apply(how, input, weight, bias)
+    except (RuntimeError, ValueError):
+        _check(input, running_mean, running_var, weight, bias, training, eps)
+        raise
+    _check(input, running_mean, running_var, weight, bias, training, eps)
     input = dense(input)
-    if is_plain(input, weight, bias, running_mean, running_var):
+    if choice.plain and not is_heard():
         if training:
             return direct.bn_act_train(
                 input, weight, bias, eps, negative_slope, choice, running_mean, running_var, momentum
             )[0]
         return direct.bn_act_eval(input, weight, bias, running_mean, running_var, eps, negative_slope, choice)
-    ops = torch.ops.fastgan
+    ops, backend = torch.ops.fastgan, choice.asked
     if not training:
         return ops.bn_act_eval(input, weight, bias, running_mean, running_var, eps, negative_slope, backend)
     z, mean, var = ops.bn_act_train(input, weight, bias, eps, negative_slope, backend)
@@ -104,58 +105,28 @@ def bn_act(
     return z
 
 
-def act(input: Tensor, negative_slope: float, backend: str | None = None) -> Tensor:
-    """The activation of a block without BatchNorm; `input` is overwritten where eager runs (nobody else may
-    read it).
+def act(input: Tensor, negative_slope: float, backend: str | None, *statistics_and_parameters: Tensor | None) -> Tensor:
+    """What follows the convolution of a block without BatchNorm; `input` is overwritten where eager runs (nobody else
+    may read it).
 
     Other backends run bn_act's kernels with mean 0, variance 1 and no parameters, which leave v = y bit for
     bit.
     """
+    if any(t is not None for t in statistics_and_parameters):
+        raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
     if negative_slope == 1:
         return input
-    backend = requested(backend)
-    choice = chosen("bn_act", input, backend) if input.numel() else None
-    if choice is None:
+    choice = chosen("bn_act", input, backend)
+    if choice.definition:
         count("eager", "act")
         return activation(input, negative_slope)
     constants = (None, None, None, None, 0.0, negative_slope)
-    if is_plain(input):
+    if choice.plain and not is_heard():
         return direct.bn_act_eval(dense(input), *constants, choice)
-    return torch.ops.fastgan.bn_act_eval(dense(input), *constants, backend)
+    return torch.ops.fastgan.bn_act_eval(dense(input), *constants, choice.asked)
 
 
-def block_end(
-    y: Tensor,
-    running_mean,
-    running_var,
-    weight,
-    bias,
-    *,
-    training,
-    momentum,
-    eps,
-    negative_slope,
-    batch_norm,
-    process_group,
-    backend,
-) -> Tensor:
-    """What follows a block's convolution: `bn_act`, or `act` where the block has no BatchNorm."""
-    if batch_norm:
-        return bn_act(
-            y, running_mean, running_var, weight, bias, training=training, momentum=momentum, eps=eps,
-            negative_slope=negative_slope, process_group=process_group, backend=backend,
-        )  # fmt: skip
-    if any(t is not None for t in (running_mean, running_var, weight, bias)):
-        raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
-    return act(y, negative_slope, backend)
-
-
-def _is_many(input: Tensor) -> bool:
-    """Whether there is more than one value per channel."""
-    return input.dim() > 1 and input.numel() > input.shape[1]
-
-
-def _check(input, running_mean, running_var, weight, bias, training, alone) -> None:
+def _check(input, running_mean, running_var, weight, bias, training, eps, alone=True) -> None:
     if input.dim() < 2 or not input.is_floating_point():
         raise ValueError(f"bn_act: input must be a floating [N, C, ...], got {list(input.shape)} {input.dtype}")
     shape, dtype, device = (input.shape[1],), input.dtype, input.device
@@ -166,6 +137,8 @@ def _check(input, running_mean, running_var, weight, bias, training, alone) -> N
     if (running_mean is None) != (running_var is None):
         raise ValueError("bn_act: running_mean and running_var go together, got one of them")
     if training:
+        if eps <= 0:
+            raise ValueError(f"bn_act: eps must be positive in training, got {eps}")
         if input.numel() == shape[0] and alone:
             raise ValueError(
                 f"bn_act: expected more than 1 value per channel in training, got input {list(input.shape)}"
@@ -229,9 +202,9 @@ def _train(
     input = dense(input)
     choice = choose("bn_act", input, backend)
     if choice.whole:
-        results = choice.run("bn_act_train", input, weight, bias, running_mean, running_var, momentum, eps, slope)
+        results = choice.whole[0](input, weight, bias, running_mean, running_var, momentum, eps, slope)
         if running_mean is not None and running_var is not None:
-            torch.autograd.graph.increment_version((running_mean, running_var))
+            increment_version((running_mean, running_var))
         return results
     mean, m2 = choice.run("bn_stats", input)
     n = input.numel() // input.shape[1]
@@ -251,7 +224,7 @@ def _eval(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean, var, 
     input = dense(input)
     choice = choose("bn_act", input, backend)
     if choice.whole:
-        return choice.run("bn_act_eval", input, weight, bias, mean, var, eps, slope)
+        return choice.whole[1](input, weight, bias, mean, var, eps, slope)
     return choice.run("bn_act", input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
 
 
@@ -265,9 +238,10 @@ def _grad(
     input = dense(input)
     dz = like(dz, input)
     choice = choose("bn_act", input, backend)
-    run = choice.run
     if choice.whole:
-        return run("bn_act_grad", dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine)
+        gradient = choice.whole[2]
+        return gradient(dz, input, weight, bias, mean, var, eps, slope, training, needs_input, needs_affine)
+    run = choice.run
     args = (dz, input, *_statistics(input, mean, var, eps), *parameters(input, weight, bias), slope)
     sums = run("bn_act_reduce", *args) if training or needs_affine else (None, None)
     if not needs_input:
@@ -291,13 +265,13 @@ def _grad_fake(dz, input, weight, bias, mean, var, eps, slope, training, needs_i
     return torch.empty_like(dense(input)) if needs_input else input.new_empty(0), *grads
 
 
-def _first_gradient(ctx, dz: Tensor | None, training: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _first_gradient(ctx, dz: Tensor | None, training: bool, constants, backend: str | Choice | None):
+    """The gradients by input, weight and bias; `constants` are eps and slope."""
     if dz is None:
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
-    saved, backend = ctx.saved_tensors, ctx.backend
-    args = (dz, *saved, *ctx.constants, training, needs_input, needs_weight or needs_bias)
-    if is_plain(dz, *saved):
+    args = (dz, *ctx.saved_tensors, *constants, training, needs_input, needs_weight or needs_bias)
+    if is_plain(*args[:6]):
         dy, grad_weight, grad_bias = direct.bn_act_grad(*args, backend)
     else:
         asked = backend.asked if type(backend) is Choice else backend
@@ -314,40 +288,47 @@ class _Train(torch.autograd.Function):
     def forward(ctx, compute, input, weight, bias, eps, slope, backend, *running):
         z, mean, var = compute(input, weight, bias, eps, slope, backend, *running)
         ctx.save_for_backward(input, weight, bias, mean, var)
-        ctx.constants, ctx.backend = (eps, slope), backend
+        ctx.how = (eps, slope), backend
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return z, mean, var
 
     @staticmethod
     def backward(ctx, dz, _mean, _var):
-        return None, *_first_gradient(ctx, dz, training=True), *[None] * 6
+        return None, *_first_gradient(ctx, dz, True, *ctx.how), *[None] * 6
 
 
-class _WholeTrain(torch.autograd.Function):
-    """`_Train` and the update of the running statistics by a backend's whole kernels, with nothing in between."""
+class _Whole(torch.autograd.Function):
+    """Either of them and the update of the running statistics by a backend's whole kernels, with nothing in between."""
 
     @staticmethod
-    def forward(ctx, choice, input, weight, bias, running_mean, running_var, momentum, eps, slope):
-        z, mean, var = choice.run("bn_act_train", input, weight, bias, running_mean, running_var, momentum, eps, slope)
-        if running_mean is not None:
-            torch.autograd.graph.increment_version((running_mean, running_var))
+    def forward(ctx, how, input, weight, bias):
+        ctx.how = how
+        choice, eps, slope, training, mean, var, momentum = how
+        train, evaluate, _ = choice.whole
+        if training:
+            running = mean, var
+            z, mean, var = train(input, weight, bias, mean, var, momentum, eps, slope)
+            if running[0] is not None:
+                increment_version(running)
+        else:
+            z = evaluate(input, weight, bias, mean, var, eps, slope)
         ctx.save_for_backward(input, weight, bias, mean, var)
-        ctx.constants, ctx.backend = (eps, slope), choice
         return z
 
     @staticmethod
     def backward(ctx, dz):
-        if torch.is_grad_enabled() or not is_plain(dz):
-            return None, *_first_gradient(ctx, dz, training=True), *[None] * 5
-        input, *saved = ctx.saved_tensors
-        _, needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dy, grad_weight, grad_bias = ctx.backend.run(
-            "bn_act_grad", like(dz, input), input, *saved, *ctx.constants, True, needs_input, needs_weight or needs_bias
+        choice, eps, slope, training, *_ = ctx.how
+        if torch.is_grad_enabled() or is_heard() or type(dz) is not Tensor:
+            return None, *_first_gradient(ctx, dz, training, (eps, slope), choice)
+        input, weight, bias, mean, var = ctx.saved_tensors
+        _, needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        affine, dz = needs_weight or needs_bias, like(dz, input)
+        dy, grad_weight, grad_bias = choice.whole[2](
+            dz, input, weight, bias, mean, var, eps, slope, training, needs_input, affine
         )
         return (
             None, dy if needs_input else None, grad_weight if needs_weight else None, grad_bias if needs_bias else None,
-            *[None] * 5,
         )  # fmt: skip
 
 
@@ -356,13 +337,13 @@ class _Eval(torch.autograd.Function):
     def forward(ctx, compute, input, weight, bias, mean, var, eps, slope, backend):
         z = compute(input, weight, bias, mean, var, eps, slope, backend)
         ctx.save_for_backward(input, weight, bias, mean, var)
-        ctx.constants, ctx.backend = (eps, slope), backend
+        ctx.how = (eps, slope), backend
         ctx.set_materialize_grads(False)
         return z
 
     @staticmethod
     def backward(ctx, dz):
-        return None, *_first_gradient(ctx, dz, training=False), None, None, None, None, None
+        return None, *_first_gradient(ctx, dz, False, *ctx.how), None, None, None, None, None
 
 
 class _Grad(torch.autograd.Function):
@@ -440,7 +421,7 @@ def _update(running_mean, running_var, mean, var, n, momentum, backend):
         run("eager", "update_running_stats", running_mean, running_var, mean, var, n, momentum)
         return
     choose("bn_act", mean, backend).run("update_running_stats", running_mean, running_var, mean, var, n, momentum)
-    torch.autograd.graph.increment_version((running_mean, running_var))
+    increment_version((running_mean, running_var))
 
 
 def _two_stats(y):

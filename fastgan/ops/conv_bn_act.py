@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.ops.bn_act import block_end
+from fastgan.ops.bn_act import act, bn_act
 from fastgan.ops.conv_bn_act_cuda import convolution
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def conv_bn_act(
         y = convolution(input, weight, bias, stride, padding, dilation, groups)
     else:
         y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return block_end(
+    if not batch_norm:
+        return act(y, negative_slope, backend, running_mean, running_var, bn_weight, bn_bias)
+    return bn_act(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
-        negative_slope=negative_slope, batch_norm=batch_norm, process_group=process_group, backend=backend,
+        negative_slope=negative_slope, process_group=process_group, backend=backend,
     )  # fmt: skip

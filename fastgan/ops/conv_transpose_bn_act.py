@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.ops.bn_act import block_end
+from fastgan.ops.bn_act import act, bn_act
 from fastgan.ops.conv_bn_act_cuda import convolution
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def conv_transpose_bn_act(
         y = convolution(input, weight, bias, stride, padding, dilation, groups, True, output_padding)
     else:
         y = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return block_end(
+    if not batch_norm:
+        return act(y, negative_slope, backend, running_mean, running_var, bn_weight, bn_bias)
+    return bn_act(
         y, running_mean, running_var, bn_weight, bn_bias, training=training, momentum=momentum, eps=eps,
-        negative_slope=negative_slope, batch_norm=batch_norm, process_group=process_group, backend=backend,
+        negative_slope=negative_slope, process_group=process_group, backend=backend,
     )  # fmt: skip

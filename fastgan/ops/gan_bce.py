@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, chosen, count, define, requested
-from fastgan.ops._library import direct, gradient_of_gradient, is_plain, register
+from fastgan.backends import choose, chosen, count, define
+from fastgan.ops._library import direct, gradient_of_gradient, is_heard, is_plain, register
 
 
 def gan_bce(
@@ -42,25 +42,24 @@ def gan_bce(
     first = real_logits if real_logits is not None else fake_logits
     if first is None:
         raise ValueError("gan_bce: expected real_logits, fake_logits or both, got None and None")
-    if fake_logits is not None and (fake_logits.dtype != first.dtype or fake_logits.device != first.device):
+    second = first if fake_logits is None else fake_logits
+    if second is not first and (second.dtype != first.dtype or second.device != first.device):
         raise ValueError(
             f"gan_bce: real_logits are {first.dtype} on {first.device}, "
-            f"fake_logits {fake_logits.dtype} on {fake_logits.device}; expected the same"
+            f"fake_logits {second.dtype} on {second.device}; expected the same"
         )
-    backend = requested(backend)
-    empty = first.numel() == 0 or (fake_logits is not None and fake_logits.numel() == 0)
-    choice = None if empty else chosen("gan_bce", first, backend)
-    if choice is None:
+    choice = chosen("gan_bce", first, backend)
+    if choice.definition or second.numel() == 0:
         count("eager", "gan_bce")
         loss_real, d_real = _half(real_logits, real_target)
         loss_fake, d_fake = _half(fake_logits, fake_target)
         return loss_real, loss_fake, d_real, d_fake
     real = None if real_logits is None else real_logits.contiguous()
     fake = None if fake_logits is None else fake_logits.contiguous()
-    if is_plain(first, fake):
+    if choice.plain and not is_heard():
         losses = _Losses.apply(choice.run, real, fake, real_target, fake_target)
     else:
-        stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, backend)
+        stats, _, _ = torch.ops.fastgan.gan_bce(real, fake, real_target, fake_target, choice.asked)
         loss_real, loss_fake, d_real, d_fake = stats.unbind()
         losses = (loss_real, loss_fake, d_real.detach(), d_fake.detach())
     if real is not None and fake is not None:
@@ -88,6 +87,9 @@ def gan_bce_generator(
     return (-loss if saturating else loss), d_fake
 
 
+_WIDE = frozenset({torch.float32, torch.float64})
+
+
 def _stat_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -96,8 +98,7 @@ def _half(logits: Tensor | None, target: float) -> tuple[Tensor, Tensor] | tuple
     """The definition: mean loss and mean sigmoid of one half, in plain PyTorch."""
     if logits is None:
         return None, None
-    dtype = _stat_dtype(logits)
-    x = logits if logits.dtype == dtype else logits.to(dtype)
+    x = logits if logits.dtype in _WIDE else logits.float()
     return bce(x, target), x.detach().sigmoid().mean()
 
 

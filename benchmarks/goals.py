@@ -1,0 +1,81 @@
+"""What fastgan wants of a CPU, beside what was measured: the table of goals in docs/speed.md."""
+
+import re
+from typing import NamedTuple
+
+from fastgan.bench import results
+
+STEPS = [  # (case, beside what, at least so many times as fast)
+    ("DCGAN-64, batch 32, fp32", "stock", 2.0),
+    ("DCGAN-64, batch 64, fp32", "stock", 2.0),
+    ("DCGAN-64, batch 32, fp32", "the best other", 1.8),
+    ("DCGAN-64, batch 64, fp32", "the best other", 1.8),
+    ("DCGAN-64, batch 32, bf16", "the best other", 1.8),
+    ("DCGAN-32, batch 64, fp32", "stock", 1.8),
+    ("DCGAN-128, batch 32, fp32", "stock", 1.8),
+]
+MIDDLE_MEAN, MIDDLE, THIN = 1.75, 1.4, 4.0
+SLOW = 60  # GFLOP/s: below that the library has thin layers to gain on
+OPERATIONS = {"bn_act": 4.0, "gan_bce": 2.0}
+COPY = 0.5  # of the bandwidth of a copy, for bn_act
+KEPT = {"generator": 0.55, "discriminator": 0.72}  # of eager's bytes
+
+
+class Goal(NamedTuple):
+    what: str
+    goal: float
+    measured: float
+    most: bool = False  # the goal is not to be passed
+
+    def line(self) -> list[str]:
+        reached = self.measured <= self.goal if self.most else self.measured >= self.goal
+        said = f"at {'most' if self.most else 'least'} {self.goal:g}"
+        return [self.what, said, f"{self.measured:.2f}", "yes" if reached else "**no**"]
+
+
+def of_steps(rows: list[results.Row]) -> list[Goal]:
+    by_case = {row["case"]: row for row in rows}
+    found = []
+    for case, beside, goal in STEPS:
+        if (row := by_case.get(case)) is not None:
+            name = results.best_other(row) if beside == "the best other" else beside
+            found.append(Goal(f"step of {case}, times {beside}", goal, results.times_as_fast(row, name).median))
+    for case, row in by_case.items():
+        for network, goal in KEPT.items():
+            kept = row["kept_bytes"]
+            share = kept["fastgan"][network] / kept["tuned"][network]
+            found.append(Goal(f"{network} of {case}, bytes kept for backward beside eager's", goal, share, most=True))
+    return found
+
+
+def of_layers(rows: list[dict]) -> list[Goal]:
+    """Middle layers have 64 channels or more on either side, thin ones 3 or 1; both have 4x4 kernels of stride 2."""
+    middle, thin = [], []
+    for row in rows:
+        name, ratio = f"{row['name']}, {row['group']}", row["times_reference"][0]
+        (channels,) = re.findall(r"(\d+)-(\d+) to", row["name"])
+        fewest = min(map(int, channels))
+        if "to 1x1" in row["name"] or re.search(r" G1 ", row["name"]):
+            continue  # a matrix product
+        if fewest >= 64:
+            middle.append((ratio, row["seconds"], name))
+        elif fewest <= 3 and row["GFLOP/s"] / ratio < SLOW:
+            thin.append(Goal(f"thin: {name}, times the library", THIN, ratio))
+    if not middle:
+        return thin
+    mean = sum(ratio * seconds for ratio, seconds, _ in middle) / sum(seconds for _, seconds, _ in middle)
+    below = [one for one in middle if one[0] < MIDDLE] or [min(middle)]
+    each = [Goal(f"middle: {name}, times the library", MIDDLE, ratio) for ratio, _, name in below]
+    return [Goal("middle layers, times the library, mean weighted by time", MIDDLE_MEAN, mean), *each, *thin]
+
+
+def of_operations(rows: list[dict]) -> list[Goal]:
+    found = []
+    for row in rows:
+        operation, _, what = row["group"].partition(" ")
+        if what == "both" and operation in OPERATIONS and row["provider"] == "cpu":
+            name = f"{operation}, {row['name']}, forward and backward"
+            found.append(Goal(f"{name}, times eager", OPERATIONS[operation], row["times_reference"][0]))
+            if "share of copy" in row:
+                found.append(Goal(f"{name}, share of a copy's bandwidth", COPY, row["share of copy"]))
+    return found
