@@ -41,8 +41,8 @@ def of_steps(rows: list[results.Row]) -> list[Goal]:
             name = results.best_other(row) if beside == "the best other" else beside
             found.append(Goal(f"step of {case}, times {beside}", goal, results.times_as_fast(row, name).median))
     for case, row in by_case.items():
-        for network, goal in KEPT.items():
-            kept = row["kept_bytes"]
+        kept = row.get("kept_bytes", {})
+        for network, goal in KEPT.items() if kept else ():
             share = kept["fastgan"][network] / kept["tuned"][network]
             found.append(Goal(f"{network} of {case}, bytes kept for backward beside eager's", goal, share, most=True))
     return found

@@ -219,7 +219,7 @@ class TestShownTables:
         assert "<!-- end -->" in text
 
     def test_picture_is_drawn_from_the_committed_data(self):
-        assert plot.drawn_from(readme_table.PICTURE) == plot.digest(readme_table.step_rows())
+        assert plot.drawn_from(readme_table.PICTURE) == plot.digest(readme_table.shown_rows())
 
     def test_an_altered_number_shows(self):
         text = readme_table.PAGES[0].read_text(encoding="utf-8")
