@@ -324,13 +324,10 @@ def _is_single(tensor: Tensor) -> bool:
 def chosen(operation: str, tensor: Tensor, backend: str | None) -> Choice:
     """`choose` for a call of a public function: by what is `requested`, and seen by `explain`. Traced code decides at
     run time instead, inside the operation, unless eager is forced."""
-    asked = _forced if backend is None else backend
+    asked = requested(backend)
     if torch.compiler.is_compiling():
         return Choice(_AT_RUN_TIME, _undecided, asked, asked == "eager", (), False, _is_single(tensor), False)
-    # As in `choose`: a call would cost more than the line.
-    where = tensor.is_cpu or tensor.device
-    key = (operation, asked, where, tensor.dtype, tensor.shape, tensor.stride(), type(tensor))
-    choice = _choices.get(key) or _remember(tensor, key)
+    choice = choose(operation, tensor, asked)
     if _recorder is not None:
         _recorder(operation, tensor, choice.decision)
     return choice

@@ -40,7 +40,7 @@ def load(library: str) -> None:
                 try:
                     torch.ops.load_library(path)
                 except OSError as error:
-                    raise build.BuildError(_unloadable(path, library, error.__cause__ or error)) from error
+                    raise build.BuildError(_discard(path, library, error.__cause__ or error)) from error
                 _outcomes[library] = None
             except build.BuildError as error:
                 _outcomes[library] = BackendError(f"the {library} library is not available: {error}")
@@ -79,8 +79,9 @@ def _find_or_build(library: str) -> Path:
     return build_just_in_time(library, reason, retry=jit == "1")
 
 
-def _unloadable(path: Path, library: str, error: BaseException) -> str:
-    """What to say; a library built just in time is removed, so that it is not taken for complete ever again."""
+def _discard(path: Path, library: str, error: BaseException) -> str:
+    """Remove a library that does not load, or its record would call it complete for ever, and say so; one that came
+    with the installation is left to its installer."""
     said = f"it was built but does not load: {error}"
     if path.parent == _package_file(path.name).parent:
         return f"{said}. Install fastgan again, or set FASTGAN_JIT=1 to build it anew."

@@ -87,9 +87,6 @@ def gan_bce_generator(
     return (-loss if saturating else loss), d_fake
 
 
-_WIDE = frozenset({torch.float32, torch.float64})
-
-
 def _stat_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -98,7 +95,7 @@ def _half(logits: Tensor | None, target: float) -> tuple[Tensor, Tensor] | tuple
     """The definition: mean loss and mean sigmoid of one half, in plain PyTorch."""
     if logits is None:
         return None, None
-    x = logits if logits.dtype in _WIDE else logits.float()
+    x = logits.to(_stat_dtype(logits))
     return bce(x, target), x.detach().sigmoid().mean()
 
 
