@@ -83,13 +83,10 @@ def _constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None,
     if not norm.by_batch:
         count = y.numel() // y.shape[1]
         frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(y.dtype)
-        return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, 0.0)
+        return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, (0.0,))
     assert sums is not None
-    same = (norm.values, gamma, beta, norm.eps, *running_statistics(norm, y.shape))
-    if len(norm.momenta) == 1:  # `split` and `cat` take longer than the kernel
-        return torch.ops.fastgan_cpu.block_constants(sums, *same, norm.momenta[0])
-    pairs = zip(sums.split(2), norm.momenta, strict=True)
-    return torch.cat([torch.ops.fastgan_cpu.block_constants(own, *same, momentum) for own, momentum in pairs])
+    running = running_statistics(norm, y.shape)
+    return torch.ops.fastgan_cpu.block_constants(sums, norm.values, gamma, beta, norm.eps, *running, norm.momenta)
 
 
 @cache
@@ -157,12 +154,7 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
 def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
     """[A, B, C, mu] of each set from the sums over all processes, and this process's part of the affine gradient, which
     all sets share."""
-    if len(constants) == _ROWS:
-        by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
-    else:
-        pairs = zip(sums.split(2), constants.split(_ROWS), strict=True)
-        each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, norm.values) for pair in pairs]
-        by, affine = torch.cat([by for by, _ in each]), torch.stack([affine for _, affine in each]).sum(0)
+    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
     if norm.group is not None:
         from fastgan.ops.bn_act_sync import total
 
@@ -191,7 +183,7 @@ _FEW_PIXELS = 64
 def _own(to_large: bool, value: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is taken, or the library."""
     height, width = (n if to_large else n // 2 for n in value.shape[2:])
-    few = len(value) * height * width < _FEW_PIXELS
+    few = value.shape[0] * height * width < _FEW_PIXELS
     return min(height, width) >= 1 and not (few and weight.shape[0] * weight.shape[1] >= _LARGE_WEIGHT)
 
 

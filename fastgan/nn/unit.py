@@ -201,7 +201,9 @@ class _Blocks(torch.autograd.Function):
         inputs += [Operand(y, None, k, s.slope) for y, k, s in zip(raw, constants, steps, strict=True)]
         grads = _gradient(run, inputs, parameters, grad_output, ctx.needs_input_grad[1:])
         wanted = (input, *parameters)
-        return None, *(None if g is None else g.to(w.dtype) for g, w in zip(grads, wanted, strict=True))
+        return None, *(
+            g if g is None or g.dtype == w.dtype else g.to(w.dtype) for g, w in zip(grads, wanted, strict=True)
+        )
 
 
 def _tell(run: _Run, step: Step, y: Tensor) -> None:
