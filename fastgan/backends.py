@@ -340,6 +340,12 @@ def _undecided(*_: Any) -> None:
     raise AssertionError("traced code runs no kernel")
 
 
+def instruction_set(convolution: bool) -> str:
+    """The copy of the CPU kernels that runs: plain, avx2 or, of convolutions alone, avx512. Their library is loaded."""
+    found = torch.ops.fastgan_cpu.instruction_set()
+    return "avx2" if found == "avx512" and not convolution else found
+
+
 layer = ""
 
 
@@ -355,6 +361,11 @@ def record(recorder: Callable[[str, Tensor, Decision], None] | None) -> None:
     _recorder = recorder
 
 
+def is_recording() -> bool:
+    """Whether `explain` is listening."""
+    return _recorder is not None
+
+
 def note(operation: str, tensor: Tensor, decision: Decision) -> None:
     """Let `explain` see a choice that was not made by `choose`."""
     if _recorder is not None:
@@ -367,7 +378,7 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
         reason = why_not(backend, operation, device, tensor.dtype)
         if reason is not None:
             raise BackendError(f"{operation}: {reason}")
-        return Decision(backend, "forced")
+        return Decision(backend, f"forced{_copy(backend)}")
     if device == "cpu":
         return decide_on_cpu(operation, tensor.dtype, layout(tensor), tuple(tensor.shape))
     reasons = []
@@ -379,6 +390,10 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
     return Decision("eager", "; ".join(reasons) or f"no other backend runs on {device} tensors")
 
 
+def _copy(backend: str) -> str:
+    return f"; {instruction_set(convolution=False)} kernels" if backend == "cpu" else ""
+
+
 def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int, ...]) -> Decision:
     """What the committed table says for an input of this dtype, layout and shape."""
     key = (operation, str(dtype).removeprefix("torch."), how, shape[1:])
@@ -388,8 +403,10 @@ def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int
     if shape[0] < smallest:
         return Decision("eager", f"'{candidate}' is measured faster only from batch {smallest} on")
     reason = why_not(candidate, operation, "cpu", dtype)
+    if reason is None and candidate == "cpu" and instruction_set(convolution=False) == "plain":
+        reason = "its kernels were measured with AVX2, which this build or FASTGAN_CPU takes away"
     if reason is None:
-        return Decision(candidate, f"measured {ratio:.2f} times as fast as eager for this shape")
+        return Decision(candidate, f"measured {ratio:.2f} times as fast as eager for this shape{_copy(candidate)}")
     return Decision("eager", reason)
 
 

@@ -265,6 +265,8 @@ def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
 def test_explain_names_each_block():
     layers = explain(Discriminator(16, 3, 8), torch.randn(2, 3, 16, 16))
     assert [(layer.name, layer.decision.backend) for layer in layers] == [(f"main.{i}", "cpu") for i in (0, 2, 5)]
+    own = f"convolution by {torch.ops.fastgan_cpu.instruction_set()} kernels"
+    assert [layer.decision.reason.partition(", ")[2] for layer in layers] == [own, own, "convolution by the library"]
 
 
 @pytest.mark.parametrize(
