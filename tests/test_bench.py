@@ -52,6 +52,7 @@ def test_quick_run_writes_complete_data_and_a_picture_of_it(tiny_cases, tmp_path
     assert command.main(arguments) == 0
     data, said = results.read(file), capsys.readouterr().out
     assert data["environment"]["versions"]["torch"] == torch.__version__
+    assert data["environment"]["kernels"] == torch.ops.fastgan_cpu.instruction_set()
     assert data["peaks"].keys() == RATES.keys()
     assert [measured["case"] for measured in data["rows"]] == ["tiny", "tiny bf16"]
     for measured in data["rows"]:
