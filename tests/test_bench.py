@@ -22,6 +22,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import goals  # noqa: E402
 import readme_table  # noqa: E402
+import winograd_bf16  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 16, 1, 4, 2, 2, 2, "fp32", 1.0)
@@ -248,6 +249,22 @@ class TestShownTables:
 
     def test_every_committed_row_is_a_case(self):
         assert {row["case"] for row in readme_table.step_rows()} <= {case.name for case in CASES}
+
+
+class TestProductsInBf16:
+    @pytest.mark.parametrize("algorithm", winograd_bf16.ALGORITHMS, ids=lambda one: one.name)
+    def test_each_algorithm_is_the_convolution(self, algorithm):
+        torch.manual_seed(0)
+        x, w, g = torch.randn(2, 3, 16, 8), torch.randn(5, 3, 4, 4), torch.randn(2, 5, 8, 4)
+        found = winograd_bf16.passes(x, w, g, algorithm._replace(operands=torch.float32))
+        for name, exact in winograd_bf16.own(x.double(), w.double(), g.double()).items():
+            torch.testing.assert_close(found[name].double(), exact, rtol=1e-4, atol=1e-4)
+
+    def test_the_page_says_which_forward_passes_the_rule_refuses(self):
+        page = winograd_bf16.PAGE.read_text(encoding="utf-8").partition("<!-- winograd bf16 -->")[2]
+        said = {line.split(" | ")[0].strip("| "): "**no**" in line.split(" | ")[2] for line in page.splitlines()[4:10]}
+        found = winograd_bf16.measured(64)
+        assert said == {name: not passes["forward"][2] for name, passes in found.items()}
 
 
 def test_run_length_comes_from_the_images_per_second():
