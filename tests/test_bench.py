@@ -235,17 +235,18 @@ class TestShownTables:
         assert goals.Goal("x", 0.5, 0.5, most=True).line()[-1] == "yes"
         layer = {"group": "forward", "seconds": 1.0, "GFLOP/s": 90.0}
         rows = [
-            layer | {"name": "N G2 512-256 to 8x8", "times_reference": [2.0, 2.0, 2.0]},
-            layer | {"name": "N G3 256-128 to 16x16", "times_reference": [1.3, 1.3, 1.3], "seconds": 3.0},
-            layer | {"name": "N G5 64-3 to 64x64", "times_reference": [3.0, 3.0, 3.0]},
-            layer | {"name": "N D1 3-64 to 32x32", "times_reference": [1.2, 1.2, 1.2]},
-            layer | {"name": "N D5 512-1 to 1x1", "times_reference": [1.0, 1.0, 1.0]},
+            layer | {"name": "DCGAN-64 G2 512-256 to 8x8", "times_reference": [2.0, 2.0, 2.0]},
+            layer | {"name": "DCGAN-64 G3 256-128 to 16x16", "times_reference": [1.3, 1.3, 1.3], "seconds": 3.0},
+            layer | {"name": "DCGAN-64 G5 64-3 to 64x64", "times_reference": [3.0, 3.0, 3.0]},
+            layer | {"name": "DCGAN-64 D1 3-64 to 32x32", "times_reference": [1.2, 1.2, 1.2]},
+            layer | {"name": "DCGAN-64 D5 512-1 to 1x1", "times_reference": [1.0, 1.0, 1.0]},
+            layer | {"name": "DCGAN-64 G1 100-512 to 4x4", "times_reference": [1.0, 1.0, 1.0]},
         ]
         found = [(goal.what.split(",")[0], goal.measured) for goal in goals.of_layers(rows)]
         mean, short, thin = found
         assert mean[1] == pytest.approx((2.0 + 3 * 1.3) / 4)
-        assert short == ("middle: N G3 256-128 to 16x16", 1.3)
-        assert thin == ("thin: N G5 64-3 to 64x64", 3.0)  # at D1 the library is fast
+        assert short == ("middle: DCGAN-64 G3 256-128 to 16x16", 1.3)
+        assert thin == ("thin: DCGAN-64 G5 64-3 to 64x64", 3.0)  # at D1 the library is fast
 
     def test_every_committed_row_is_a_case(self):
         assert {row["case"] for row in readme_table.step_rows()} <= {case.name for case in CASES}
