@@ -3,13 +3,14 @@
 import errno
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import fastgan
 from fastgan.errors import FastganError
 
 
-def run_command(main: Callable[[], None], *, debug: bool) -> int:
+def run_command(main: Callable[[], object], *, debug: bool) -> int:
     """Run `main` and return the exit code; with `debug` errors keep their traceback."""
     try:
         _refuse_namespace()
@@ -28,6 +29,15 @@ def run_command(main: Callable[[], None], *, debug: bool) -> int:
         print(f"error: out of memory; lower --batch-size or the widths ({error})".splitlines()[0], file=sys.stderr)
         return 2
     return 0
+
+
+def run_configured(kind: type[Any], program: str, run: Callable[[Any], object], arguments: Sequence[str]) -> int:
+    """`run_command` of `run(config)`, where `config` is a dataclass, with a field `debug`, of what the command line
+    says."""
+    import tyro
+
+    config = tyro.cli(kind, prog=program, args=list(arguments))
+    return run_command(lambda: run(config), debug=config.debug)
 
 
 def _refuse_namespace() -> None:
