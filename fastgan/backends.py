@@ -250,7 +250,12 @@ def _measured() -> dict[tuple, tuple[int, str, float]]:
     return table
 
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter})  # the types of tensors that stand for no other
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def is_plain(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether these tensors are themselves and have memory: no fake, meta or traced one."""
+    return _PLAIN.issuperset(map(type, (first, *others))) and not first.is_meta
 
 
 class Choice(NamedTuple):
@@ -263,7 +268,7 @@ class Choice(NamedTuple):
     whole: tuple[Callable[..., Any], ...]  # the backend's whole kernels for the operation, counted, if it has them
     dense: bool  # the tensor is contiguous or channels-last
     single: bool  # it has one value per channel
-    plain: bool  # it is itself and has memory: no fake, meta or traced tensor
+    plain: bool  # it `is_plain`
 
 
 _choices: dict[tuple, Choice] = {}
@@ -286,7 +291,7 @@ def _remember(tensor: Tensor, key: tuple) -> Choice:
         _choices.clear()
     decision = decide(operation, tensor, backend)
     name = decision.backend if tensor.numel() else "eager"  # no kernel takes an empty tensor
-    plain = type(tensor) in PLAIN and not tensor.is_meta
+    plain = is_plain(tensor)
     _choices[key] = Choice(
         decision,
         runner_of(name, tensor, forced=backend is not None),
@@ -454,7 +459,7 @@ def runner_of(backend: str, tensor: Tensor, forced: bool) -> Callable[..., Any]:
 
 
 def _is_compared(tensor: Tensor) -> bool:
-    return tensor.is_cuda and type(tensor) in PLAIN  # a fake tensor has no values to compare
+    return tensor.is_cuda and is_plain(tensor)  # a fake tensor has no values to compare
 
 
 def _run_compared(backend: str, forced: bool, of: tuple, name: str, *args: Any) -> Any:
