@@ -151,10 +151,11 @@ def _forward_fake(real, fake, real_target, fake_target, backend):
 def _backward(dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
     """The stored gradients times the losses' cotangents, in the logits' dtype."""
     halves = ((real, grad_real, dstats[0]), (fake, grad_fake, dstats[1]))
-    grads = [g.new_empty(0) if x is None else d * g for x, g, d in halves]
-    return tuple(
-        g if x is None or g.dtype == x.dtype else g.to(x.dtype) for (x, *_), g in zip(halves, grads, strict=True)
-    )
+    return tuple(g.new_empty(0) if x is None else _narrowed(d * g, x) for x, g, d in halves)
+
+
+def _narrowed(gradient: Tensor, logits: Tensor) -> Tensor:
+    return gradient if gradient.dtype == logits.dtype else gradient.to(logits.dtype)
 
 
 def _backward_fake(dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
@@ -212,8 +213,8 @@ class _Losses(torch.autograd.Function):
         _, needs_real, needs_fake, *_ = ctx.needs_input_grad
         return (
             None,
-            (dreal * grad_real).to(real.dtype) if needs_real and dreal is not None else None,
-            (dfake * grad_fake).to(fake.dtype) if needs_fake and dfake is not None else None,
+            _narrowed(dreal * grad_real, real) if needs_real and dreal is not None else None,
+            _narrowed(dfake * grad_fake, fake) if needs_fake and dfake is not None else None,
             None,
             None,
         )
