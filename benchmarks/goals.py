@@ -1,9 +1,9 @@
 """What fastgan wants of a CPU, beside what was measured: the table of goals in docs/speed.md."""
 
-import re
 from typing import NamedTuple
 
 from fastgan.bench import results
+from fastgan.bench.cases import measured_layers
 
 STEPS = [  # (case, beside what, at least so many times as fast)
     ("DCGAN-64, batch 32, fp32", "stock", 2.0),
@@ -50,13 +50,14 @@ def of_steps(rows: list[results.Row]) -> list[Goal]:
 
 def of_layers(rows: list[dict]) -> list[Goal]:
     """Middle layers have 64 channels or more on either side, thin ones 3 or 1; both have 4x4 kernels of stride 2."""
+    layers = measured_layers()
     middle, thin = [], []
     for row in rows:
         name, ratio = f"{row['name']}, {row['group']}", row["times_reference"][0]
-        (channels,) = re.findall(r"(\d+)-(\d+) to", row["name"])
-        fewest = min(map(int, channels))
-        if "to 1x1" in row["name"] or re.search(r" G1 ", row["name"]):
-            continue  # a matrix product
+        _, layer = layers[row["name"]]
+        fewest = min(layer.in_channels, layer.out_channels)
+        if layer.is_product():
+            continue
         if fewest >= 64:
             middle.append((ratio, row["seconds"], name))
         elif fewest <= 3 and row["GFLOP/s"] / ratio < SLOW:

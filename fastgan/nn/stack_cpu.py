@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgan import library
-from fastgan.backends import count
+from fastgan.backends import count, instruction_set
 from fastgan.errors import BackendError
 from fastgan.nn.blocks import Block
 from fastgan.nn.unit import Norm, Operand, Step, channels_last, convolution_arguments, running_statistics
@@ -27,7 +27,8 @@ def why_not() -> str | None:
         library.load("cpu")
     except BackendError as error:
         return str(error)
-    return "this processor has no AVX2" if torch.ops.fastgan_cpu.instruction_set() == "plain" else None
+    lacks = instruction_set(convolution=True) == "plain"
+    return "the convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks" if lacks else None
 
 
 def why_not_block(block: Block, input: Tensor) -> str | None:
@@ -53,6 +54,11 @@ def forward(
 
 def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> Tensor:
     return _convolve(step, operand, weight, bias)[0]
+
+
+def convolution_by(step: Step, operand: Operand, weight: Any) -> str:
+    own = _halves(step) and _own(step.transposed, operand.value, weight)
+    return f"{instruction_set(convolution=True)} kernels" if own else "the library"
 
 
 def _convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, chosen, count, define
-from fastgan.ops._library import direct, gradient_of_gradient, is_heard, is_plain, register
+from fastgan.backends import choose, chosen, count, define, is_plain
+from fastgan.ops._library import direct, gradient_of_gradient, is_heard, register
 
 
 def gan_bce(
@@ -206,7 +206,8 @@ class _Losses(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a gradient of this gradient
             zero = grad_real.new_zeros((), dtype=_stat_dtype(_some(real, fake)))
             dstats = torch.stack([zero if d is None else d for d in (dreal, dfake, None, None)])
-            ops = direct if is_plain(dstats, real, fake) else torch.ops.fastgan
+            plain = is_plain(dstats, real, fake) and not is_heard()
+            ops = direct if plain else torch.ops.fastgan
             grads = ops.gan_bce_grad(dstats, grad_real, grad_fake, real, fake, *ctx.targets)
             return None, *(g if x is not None else None for g, x in zip(grads, (real, fake), strict=True)), None, None
         _, needs_real, needs_fake, *_ = ctx.needs_input_grad
