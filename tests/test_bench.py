@@ -231,8 +231,13 @@ class TestShownTables:
         assert readme_table.written(text.replace(f"**{number}**", "**9.99**")) == text
 
     def test_goals_say_what_falls_short(self):
-        assert goals.Goal("x", 2.0, 1.996).line() == ["x", "at least 2", "2.00", "**no**"]
+        assert goals.Goal("x", 2.0, 1.996).line() == ["x", "at least 2", "2.00", "-", "**no**"]
         assert goals.Goal("x", 0.5, 0.5, most=True).line()[-1] == "yes"
+        operation = {"group": "gan_bce both", "name": "64", "provider": "cpu", "times_reference": [1.5, 1.4, 1.6]}
+        bound = operation | {"provider": "no kernel", "times_reference": [1.9, 1.8, 2.0]}
+        copying = operation | {"group": "bn_act both", "times_reference": [1.2, 1.1, 1.3], "share of copy": 0.4}
+        found = goals.of_operations([operation, bound, copying])
+        assert [(goal.measured, pytest.approx(goal.limit)) for goal in found] == [(1.5, 1.9), (1.2, 3.0), (0.4, 1.0)]
         layer = {"group": "forward", "seconds": 1.0, "GFLOP/s": 90.0}
         rows = [
             layer | {"name": "DCGAN-64 G2 512-256 to 8x8", "times_reference": [2.0, 2.0, 2.0]},
