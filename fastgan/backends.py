@@ -92,6 +92,7 @@ Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
 _stem_of: dict[str, str] = {}
 _whole: dict[str, tuple[str, ...]] = {}
+_by_elements: set[str] = set()
 _settle: dict[str, Callable[[str, tuple], tuple]] = {}
 _noise: dict[str, Callable[[str, tuple], list[float]]] = {}
 _fewer: dict[str, Callable[[str, tuple], tuple]] = {}
@@ -113,6 +114,7 @@ def define(
     few: Callable[[str, tuple], tuple] | None = None,
     comparable: Callable[[str, Any], Any] | None = None,
     whole: tuple[str, ...] = (),
+    by_elements: bool = False,
 ) -> None:
     """Declare the split operations of a stem with their eager definitions (called once by
     `fastgan/ops/STEM.py`).
@@ -120,11 +122,14 @@ def define(
     `settle(name, args)` returns arguments on which two right kernels must agree (no activation at its kink);
     `noise(name, args)` the errors of each output that are let pass at a kernel's first use; `few(name, args)`
     arguments small enough for a comparison in fp64; `comparable(name, result)` what of a result is determined. `whole`
-    are kernels that stand for several split operations at once, where a backend has them.
+    are kernels that stand for several split operations at once, where a backend has them. `by_elements`: its speed
+    depends on the number of elements alone, and the table of what is faster on CPUs holds that as [N].
     """
     operations[stem] = kernels
     _stem_of.update(dict.fromkeys((*kernels, *whole), stem))
     _whole[stem] = whole
+    if by_elements:
+        _by_elements.add(stem)
     _settle[stem] = settle or (lambda _, args: args)
     _noise[stem] = noise or (lambda _, args: [])
     _fewer[stem] = few or _few
@@ -385,6 +390,8 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
             raise BackendError(f"{operation}: {reason}")
         return Decision(backend, f"forced{_copy(backend)}")
     if device == "cpu":
+        if operation in _by_elements:
+            return decide_on_cpu(operation, tensor.dtype, "contiguous", (tensor.numel(),))
         return decide_on_cpu(operation, tensor.dtype, layout(tensor), tuple(tensor.shape))
     reasons = []
     for candidate in _PREFERRED_ON_CUDA if device == "cuda" else ():

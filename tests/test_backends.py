@@ -63,6 +63,15 @@ def test_the_committed_table_decides_on_cpu(monkeypatch):
     assert "from batch 4 on" in str(fastgan.explain("bn_act", X[:3])[0])
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (2, 1, 3, 1)])
+def test_what_depends_on_the_number_of_elements_is_looked_up_by_it(monkeypatch, shape):
+    measured(monkeypatch, backend="cpu", operation="gan_bce", shape=(), smallest=6)
+    logits = torch.randn(shape)
+    assert backends.choose("gan_bce", logits).decision.backend == "cpu"
+    assert backends.choose("gan_bce", logits[:1].flatten()[:5]).decision.backend == "eager"
+
+
 def test_rows_of_the_committed_table_are_well_formed():
     assert isinstance(backends._measured(), dict)
 

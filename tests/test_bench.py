@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastgan.backends import counts, reset_counts
 from fastgan.bench import __main__ as command
 from fastgan.bench import floor, memory, pairing, plot, results
 from fastgan.bench.cases import CASES, Case, layers
@@ -21,6 +22,7 @@ from fastgan.nn import Discriminator
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import goals  # noqa: E402
+import measured_cpu  # noqa: E402
 import readme_table  # noqa: E402
 import winograd_bf16  # noqa: E402
 
@@ -255,6 +257,32 @@ class TestShownTables:
 
     def test_every_committed_row_is_a_case(self):
         assert {row["case"] for row in readme_table.step_rows()} <= {case.name for case in CASES}
+
+
+class TestMeasuredOnCpu:
+    def test_a_row_is_of_the_least_batch_from_which_on_all_are_faster(self):
+        fast, slow = (
+            pairing.Interval(1.5, 1.1, 2.0),
+            pairing.Interval(1.5, 1.0, 2.0),
+        )  # of which the least is not above 1
+        shapes = [(n, 3, 4, 4) for n in (8, 32, 64)]
+
+        def found(*intervals):
+            return measured_cpu.row("bn_act", "contiguous", list(zip(shapes, intervals, strict=True)))
+
+        assert found(fast, fast, fast)["shape"] == [8, 3, 4, 4]
+        assert found(fast, slow, fast._replace(median=1.2))["shape"] == [64, 3, 4, 4]
+        assert found(slow, fast, fast._replace(median=1.2))["ratio"] == 1.2
+        assert found(fast, fast, slow) is None
+
+    @pytest.mark.parametrize("operation", ["bn_act", "gan_bce"])
+    def test_both_sides_compute_the_same(self, operation):
+        name, layout, shapes = next(case for case in measured_cpu.cases() if case[0] == operation)
+        passes = getattr(measured_cpu, f"{name}_passes")(shapes[0], layout)
+        reset_counts()
+        for eager, kernel in zip(passes["eager"](), passes["kernel"](), strict=True):
+            torch.testing.assert_close(kernel, eager, rtol=1e-3, atol=1e-4)
+        assert ("cpu", operation) in counts() or ("cpu", f"{operation}_grad") in counts()
 
 
 class TestProductsInBf16:

@@ -131,7 +131,7 @@ def _eager(real: Tensor | None, fake: Tensor | None, real_target: float, fake_ta
     return _definition(real, fake, real_target, fake_target), *grads
 
 
-define("gan_bce", {"gan_bce": _eager})
+define("gan_bce", {"gan_bce": _eager}, by_elements=True)
 
 
 # --- fastgan::gan_bce and its gradient ------------------------------------------------------------
