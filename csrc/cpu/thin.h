@@ -36,8 +36,6 @@ struct Thin {
   // Row y of the small side, [W][columns]; the next one is asked for, as rows come once and from memory.
   const T* read_small_row(const Source<T>& source, int64_t image, int64_t y) const {
     int64_t at = (image * s.H + y) * s.W * s.K;
-    constexpr int64_t cache_line = 64 / sizeof(T);
-    for (int64_t i = s.W * s.K; i < 2 * s.W * s.K; i += cache_line) __builtin_prefetch(source.a + at + i, 0, 2);
     if (source.kind == Operand::plain && columns == s.K) return source.a + at;
     T* row = scratch<T>(Scratch::small, s.W * columns);
     operand_pixels(of_image(source, image, s.K), s.K, at, s.W, row, columns);
@@ -63,48 +61,113 @@ struct Thin {
     });
   }
 
+  // The padded image is made in squares of 2x2 pixels: square (y, x) has terms from the pixels y - 1, y and x - 1, x of the
+  // small side. A row of that gives [ky][kx % 2][c] to the squares of two rows, from both neighbours: along the row a filter
+  // of two taps, so three squares come of four products, by Winograd's F(3, 2).
   void to_large(const Source<T>& source, const Filters<const T>& weight, const Sink<T>& sink) const {
-    int64_t width = padded<T>(depth);
-    T* u = scratch<T>(Scratch::weight, columns * width);
-    scheme.weight_to_large(weight, 0, panels<T>(depth), 0, columns, u, 0);
+    int64_t registers = (8 * s.C + lanes<T> - 1) / lanes<T>, width = registers * lanes<T>;
+    int64_t groups = (s.W + squares) / squares, size = groups * squares * width, step = std::max<int64_t>(1, 12 / groups);
+    T* u = scratch<T>(Scratch::weight, points * s.K * width);
+    weight_to_points(weight, registers, u);
     parallel(s.N, [&](int64_t image) {
-      T* large = scratch<T>(Scratch::image, scheme.large.size());
-      T* product = scratch<T>(Scratch::sums, s.W * width);
-      std::fill_n(large, scheme.large.size(), T(0));
-      for (int64_t y = 0; y < s.H; y++) {
-        const T* row = read_small_row(source, image, y);
-        for (int64_t x = 0; x < s.W; x += pixels_at_once) {
-          multiply_rows(row + x * columns, Strides{columns, 1, run_length, run_length}, u, columns * panel<T>, columns, run_length,
-                        product + x * width, width, panel<T>, panels<T>(depth), std::min(pixels_at_once, s.W - x), false);
-        }
-        switch (s.C) {
-          case 1: add_row<2>(product, large + 2 * y * line); break;
-          case 2: add_row<4>(product, large + 2 * y * line); break;
-          case 3: add_row<6>(product, large + 2 * y * line); break;
-          default: add_row<8>(product, large + 2 * y * line);
-        }
+      T* large = scratch<T>(Scratch::image, scheme.large.size() + lanes<T>);
+      T* v = scratch<T>(Scratch::large, (step * points * groups + 1) * columns);
+      T* zeros = v + step * points * groups * columns;
+      T* products = scratch<T>(Scratch::sums, (step + 1) * size + lanes<T>);
+      std::fill_n(zeros, columns, T(0));
+      std::fill_n(products, size, T(0));
+      for (int64_t y = 0; y <= s.H; y += step) {
+        int64_t rows = std::min(step, s.H - y);
+        for (int64_t r = 0; r < rows; r++) small_to_points(read_small_row(source, image, y + r), zeros, groups, v + r * groups * columns, rows * groups * columns);
+        multiply_points(v, u, rows * groups, registers, products + size, source.a + (image * s.H + y + rows) * s.W * s.K, rows * s.W * s.K);
+        if (rows < step) std::fill_n(products + (rows + 1) * size, size, T(0)), rows++;
+        for (int64_t r = 0; r < rows; r++) write_squares(products + r * size, products + (r + 1) * size, width, large + 2 * (y + r) * line);
+        std::copy_n(products + rows * size, size, products);
       }
       write_image(sink, image, s.LH, s.LW, s.C, scheme.large, large);
     });
   }
 
-  // Adds one row of small pixels, [W][4][2 * half] and whole panels of it, to the four rows of the image that they meet:
-  // neighbours share half of their columns, added in one go, for a sum just stored is slow to read again.
-  template <int half>
-  void add_row(const T* product, T* large) const {
-    constexpr int64_t pixel = padded<T>(8 * half);
-    for (int ky = 0; ky < 4; ky++, product += 2 * half, large += line) {
-      const T* from = product;
-      T* to = large;
-      for (int i = 0; i < half; i++) to[i] += from[i];
-      for (int64_t x = 1; x < s.W; x++) {
-        const T* before = from + half;
-        from += pixel, to += half;
-        T sum[half];
-        for (int i = 0; i < half; i++) sum[i] = to[i] + (before[i] + from[i]);
-        std::copy_n(sum, half, to);
+  static constexpr int points = 4, squares = 3;
+
+  void weight_to_points(const Filters<const T>& weight, int64_t registers, T* u) const {
+    int64_t tile = tile_of(registers) * lanes<T>, point = s.K * registers * lanes<T>;
+    std::fill_n(u, points * point, T(0));
+    for (int64_t column = 0; column < 8 * s.C; column++) {
+      int64_t c = column % s.C, tap = column / (2 * s.C) * 4 + column / s.C % 2;
+      T* to = u + column / tile * s.K * tile + column % tile;
+      for (int64_t k = 0; k < s.K; k++, to += tile) {
+        T right = *weight.at(k, c, tap), left = *weight.at(k, c, tap + 2);  // of the square's own pixel, of the one before
+        to[0] = left, to[point] = (left + right) / 2, to[2 * point] = (left - right) / 2, to[3 * point] = right;
       }
-      for (int i = 0; i < half; i++) to[half + i] += from[half + i];
+    }
+  }
+
+  void small_to_points(const T* row, const T* zeros, int64_t groups, T* v, int64_t point) const {
+    const int64_t columns = this->columns;  // a store could change what `this` points to
+    for (int64_t group = 0; group < groups; group++, v += columns) {
+      const T* pixel[points];
+      for (int i = 0; i < points; i++) {
+        int64_t x = squares * group - 1 + i;
+        pixel[i] = x >= 0 && x < s.W ? row + x * columns : zeros;
+      }
+      for (int64_t k = 0; k < columns; k += lanes<T>) {
+        Vec<T> d0 = load(pixel[0] + k), d1 = load(pixel[1] + k), d2 = load(pixel[2] + k), d3 = load(pixel[3] + k);
+        store(v + k, d0 - d2), store(v + point + k, d1 + d2), store(v + 2 * point + k, d2 - d1), store(v + 3 * point + k, d3 - d1);
+      }
+    }
+  }
+
+  void multiply_points(const T* v, const T* u, int64_t groups, int64_t registers, T* product, const T* next, int64_t fetched) const {
+    int64_t width = registers * lanes<T>, at_once = 12 / tile_of(registers);
+    auto multiply = [&](int point, int square, bool accumulate) {
+      for (int64_t group = 0; group < groups; group += at_once) {
+        int64_t count = std::min(at_once, groups - group), share = fetched * count / (groups * points);
+        for (int64_t i = 0; i < share; i += 64 / sizeof(T)) __builtin_prefetch(next + i, 0, 2);
+        next += share;
+        multiply_point(v + (point * groups + group) * columns, u + point * s.K * width, count, registers,
+                       product + (group * squares + square) * width, accumulate);
+      }
+    };
+    multiply(1, 0, false);
+    multiply(2, 1, false);
+    T* p = product;
+    for (int64_t group = 0; group < groups; group++, p += squares * width) {
+      for (int64_t j = 0; j < width; j += lanes<T>) {
+        Vec<T> one = load(p + j), two = load(p + j + width);
+        store(p + j, one + two), store(p + j + width, one - two), store(p + j + 2 * width, one + two);
+      }
+    }
+    multiply(0, 0, true);
+    multiply(3, 2, true);
+  }
+
+  static int64_t tile_of(int64_t registers) { return registers % 2 ? registers : 2; }
+
+  void multiply_point(const T* v, const T* u, int64_t groups, int64_t registers, T* product, bool accumulate) const {
+    switch (tile_of(registers)) {
+      case 1: return multiply_tiles<1>(v, u, groups, registers, product, accumulate);
+      case 2: return multiply_tiles<2>(v, u, groups, registers, product, accumulate);
+      default: return multiply_tiles<3>(v, u, groups, registers, product, accumulate);
+    }
+  }
+
+  template <int V>
+  void multiply_tiles(const T* v, const T* u, int64_t groups, int64_t registers, T* product, bool accumulate) const {
+    constexpr int64_t tile = V * lanes<T>;
+    multiply_rows<T, V>(v, Strides{columns, 1, run_length, run_length}, u, s.K * tile, s.K, run_length, product, squares * registers * lanes<T>,
+                        tile, registers / V, groups, accumulate);
+  }
+
+  // What a register writes too far the next one overwrites.
+  void write_squares(const T* above, const T* below, int64_t width, T* to) const {
+    const int64_t pair = 2 * s.C;
+    for (int i = 0; i < 2; i++) {
+      const T *upper = above + (2 + i) * pair, *lower = below + i * pair;
+      T* out = to + i * line;
+      for (int64_t left = s.W; left >= 0; left--, upper += width, lower += width, out += pair) {
+        for (int64_t j = 0; j < pair; j += lanes<T>) store(out + j, load(upper + j) + load(lower + j));
+      }
     }
   }
 
