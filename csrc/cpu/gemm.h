@@ -13,11 +13,10 @@ namespace fastgan::cpu::FASTGAN_ISA {
 
 template <class T>
 constexpr int panel = 2 * lanes<T>;
-// 6 x 2 accumulators, 2 operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32, but 12 independent sums
-// already outlast the latency of two multipliers, and larger tiles take longer to compile.
+// Rows of a tile of V registers: 12 accumulators, V operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32,
+// but 12 independent sums already outlast the latency of two multipliers, and larger tiles take longer to compile.
 template <int V>
-constexpr int micro_rows_of = 12 / V;
-constexpr int micro_rows = micro_rows_of<2>;
+constexpr int micro_rows = 12 / V;
 // Sums run in registers over this many terms before they are added to memory. Short runs bound the rounding error,
 // which Winograd's transforms amplify; 64 costs about 4 % of the product, 32 twice that.
 constexpr int64_t run_length = 64, short_run_length = 32;
@@ -32,8 +31,14 @@ constexpr int64_t padded(int64_t columns) {
 }
 
 // Where the values a(row, k) of a product's left side stand: at row * `row` + k / `segment` * `jump` + k % `segment` * `k`.
-struct Strides {
-  int64_t row, k, segment, jump;
+// Either rows or columns of A are without gaps.
+struct RowStrides {
+  int64_t row, segment, jump;
+  static constexpr int64_t k = 1;
+};
+struct ColumnStrides {
+  int64_t k, segment, jump;
+  static constexpr int64_t row = 1;
 };
 // In panel layout, panels `jump` apart; transposed, of one panel.
 template <class T>
@@ -66,10 +71,10 @@ FASTGAN_INLINE void micro_run(const T* a, const At& at, const T* b, int64_t b_k,
     }
   }
   FASTGAN_UNROLL for (int r = 0; r < R; r++, c += c_row) {
-    FASTGAN_UNROLL for (int v = 0; v < V; v++) {
-      if (accumulate) sum[r][v] += load(c + v * lanes<T>);
-      store(c + v * lanes<T>, sum[r][v]);
+    if (accumulate) {
+      FASTGAN_UNROLL for (int v = 0; v < V; v++) sum[r][v] += load(c + v * lanes<T>);
     }
+    FASTGAN_UNROLL for (int v = 0; v < V; v++) store(c + v * lanes<T>, sum[r][v]);
   }
 }
 
@@ -84,12 +89,13 @@ FASTGAN_INLINE void with_rows(int64_t count, const F& f) {
 
 // c (+)= A b for `columns` panels, of V registers: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart,
 // rows of c c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A panel of b serves all
-// rows from the first-level cache, and a tile of c stays there from run to run.
-template <class T, int V = 2, class At>
+// rows from the first-level cache, and a tile of c stays there from run to run. One copy for all callers: inlined, its
+// tiles were a quarter of what these files take to compile.
+template <class T, int V, class At>
 FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c,
-                                  int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
+                                             int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
   // Equal shares of rows: 32 as 6 + 6 + 5 + 5 + 5 + 5, for a tile of 2 would wait for its own sums.
-  constexpr int most = micro_rows_of<V>;
+  constexpr int most = micro_rows<V>;
   int64_t shares = (rows + most - 1) / most, share = rows / std::max<int64_t>(1, shares), larger = rows - share * shares;
   int64_t a_run = run / at.segment * at.jump;
   for (int64_t j = 0; j < columns; j++, b += b_stride, c += c_stride) {
@@ -106,12 +112,11 @@ FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t 
   }
 }
 
-// The same of A in panel layout, its panels `a_stride` apart. One copy for all callers: inlined, its tiles were a quarter of
-// what these files take to compile.
+// The same of A in panel layout, its panels `a_stride` apart.
 template <class T>
-__attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, int64_t run,
-                                               T* c, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
-  multiply_rows(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate);
+__attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c, int64_t c_stride,
+                     int64_t columns, int64_t rows, bool accumulate) {
+  multiply_rows<T, 2>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate);
 }
 
 // c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each.
@@ -120,7 +125,7 @@ void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool a
   constexpr int left = panel<T> - R0;
   if constexpr (left > 0) {
     // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4.
-    constexpr int R = (left + (left + micro_rows - 1) / micro_rows - 1) / ((left + micro_rows - 1) / micro_rows);
+    constexpr int tiles = (left + micro_rows<2> - 1) / micro_rows<2>, R = (left + tiles - 1) / tiles;
     micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, c + R0 * panel<T>, panel<T>, accumulate);
     multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate);
   }
