@@ -95,18 +95,22 @@ struct Thin {
       T* large = scratch<T>(Scratch::image, scheme.large.size() + lanes<T>);
       T* v = scratch<T>(Scratch::large, (step * groups * points + 1) * columns);
       T* zeros = v + step * groups * points * columns;
-      T* products = scratch<T>(Scratch::sums, (step + 1) * row + lanes<T>);  // the last row's of the step before come first
+      T* product = scratch<T>(Scratch::sums, 2 * step * row + lanes<T>);
+      T *other = product + step * row, *above = other;  // the rows of the step before, of which the last is still needed
       std::fill_n(zeros, columns, T(0));
-      std::fill_n(products, row, T(0));
-      for (int64_t y = 0; y <= s.H; y += step) {
+      std::fill_n(above, row, T(0));
+      for (int64_t y = 0; y <= s.H; y += step, std::swap(product, other)) {
         int64_t rows = std::min(step, s.H - y), last = std::min(step, s.H + 1 - y);
         if (rows > 0) {
           small_to_points(read_small_rows(source, image, y, rows), zeros, rows, v);
-          multiply_points(v, u, rows * groups, source.a + small_row(image, y + rows), products + row);
+          multiply_points(v, u, rows * groups, source.a + small_row(image, y + rows), product);
         }
-        if (rows < last) std::fill_n(products + last * row, row, T(0));  // no row is left below the last squares
-        for (int64_t r = 0; r < last; r++) write_squares(products + r * row, products + (r + 1) * row, large + 2 * (y + r) * line);
-        std::copy_n(products + last * row, row, products);
+        if (rows < last) std::fill_n(product + rows * row, row, T(0));  // nothing is below the last squares
+        for (int64_t r = 0; r < last; r++) {
+          T* below = product + r * row;
+          write_squares(above, below, large + 2 * (y + r) * line);
+          above = below;
+        }
       }
       write_image(sink, image, s.LH, s.LW, s.C, scheme.large, large);
     });
