@@ -6,17 +6,11 @@ import torch
 from torch import nn
 
 from fastgan.backends import use_backend
-from fastgan.bench.cases import dcgan, layers
+from fastgan.bench.cases import measured_layers
 from fastgan.nn import ConvStack
 
 WITHOUT = ("compiled",)  # a convolution alone stays the library's
-CASES = {f"DCGAN-{size}": dcgan(size, 32, "fp32") for size in (32, 64, 128)}
-LAYERS = {
-    f"{name} {layer.name}": (case, layer)
-    for name, case in CASES.items()
-    for network in layers(case)
-    for layer in network
-}
+LAYERS = measured_layers()
 PASSES = ("forward", "input gradient", "weight gradient")
 
 

@@ -1,8 +1,9 @@
 """Write the tables and the picture of README.md and docs/speed.md: `python benchmarks/readme_table.py`.
 
-benchmarks/results holds what `python -m fastgan.bench --json` (step-*.json), `pytest benchmarks/ --rows`
-(layers-*.json, operations-*.json) and `python benchmarks/default_run.py --json` (default-run.json) wrote. A page holds
-a table between `<!-- NAME -->` and `<!-- end -->`.
+benchmarks/results holds what `python -m fastgan.bench --json` (step-*.json, and instruction-set-*.json where
+FASTGAN_CPU was set), `pytest benchmarks/ --rows` (layers-*.json, operations-*.json) and `python
+benchmarks/default_run.py --json` (default-run.json) wrote. A page holds a table between `<!-- NAME -->` and
+`<!-- end -->`.
 """
 
 import json
@@ -218,7 +219,25 @@ def goals() -> str:
     """What a CPU's speed shall be, and what was measured."""
     layers = [row for row in pairs("layers") if row["provider"] == "cpu"]
     found = [*wanted.of_steps(step_rows()), *wanted.of_layers(layers), *wanted.of_operations(pairs("operations"))]
-    return table(["what", "goal", "measured", "reached"], [goal.line() for goal in found])
+    return table(["what", "goal", "measured", "at the peak", "reached"], [goal.line() for goal in found])
+
+
+def instruction_sets() -> str:
+    """The step with the instruction set forced that the kernels may use at most."""
+    found = [results.read(path) for path in sorted(RESULTS.glob("instruction-set-*.json"))]
+    return table(
+        ["`FASTGAN_CPU`", "training step", "stock ms", "fastgan ms", "times stock", "times tuned"],
+        [
+            [
+                data["environment"]["kernels"],
+                row["case"],
+                *(f"{1e3 * results.step_seconds(row, name):.1f}" for name in ("stock", "fastgan")),
+                *(_times(row, name) for name in ("stock", "tuned")),
+            ]
+            for data in found
+            for row in data["rows"]
+        ],
+    )
 
 
 def measured_on() -> str:
@@ -241,7 +260,20 @@ def commands() -> str:
 
 TABLES = {
     f.__name__.replace("_", "-"): f
-    for f in (speed, goals, steps, options, profile, memory, layers, operations, default_run, measured_on, commands)
+    for f in (
+        speed,
+        goals,
+        steps,
+        options,
+        profile,
+        memory,
+        layers,
+        operations,
+        default_run,
+        instruction_sets,
+        measured_on,
+        commands,
+    )
 }
 
 

@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgan import GanStep, backends, optim
-from fastgan.command import run_command
+from fastgan.command import run_configured
 from fastgan.errors import FastganError
 from fastgan.nn import ConvStack, Discriminator, Generator
 from fastgan.versions import versions
@@ -452,10 +451,5 @@ def traffic(config: TrafficConfig) -> None:
         config.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> int:
-    config = tyro.cli(TrafficConfig, prog="python benchmarks/traffic.py")
-    return run_command(lambda: traffic(config), debug=config.debug)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_configured(TrafficConfig, "python benchmarks/traffic.py", traffic, sys.argv[1:]))

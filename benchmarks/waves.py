@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import tyro
 from fastgan.kernels import conv_bn_act_tiles, conv_bn_act_wgrad
 from traffic import BF16, PROVIDERS, Count, networks, running
 
 from fastgan import GanStep
-from fastgan.command import run_command
+from fastgan.command import run_configured
 
 
 class Card(NamedTuple):
@@ -158,10 +157,5 @@ def waves(config: WavesConfig) -> None:
         config.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def main() -> int:
-    config = tyro.cli(WavesConfig, prog="python benchmarks/waves.py")
-    return run_command(lambda: waves(config), debug=config.debug)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_configured(WavesConfig, "python benchmarks/waves.py", waves, sys.argv[1:]))

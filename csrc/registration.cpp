@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
   m.def("bn_act_grad(Tensor dz, Tensor y, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps, float slope, "
         "bool training, bool needs_input, bool needs_affine) -> (Tensor, Tensor, Tensor)");
   m.def("block_constants(Tensor sums, int count, Tensor? weight, Tensor? bias, float eps, Tensor(a!)? running_mean, "
-        "Tensor(b!)? running_var, float momentum) -> Tensor");
+        "Tensor(b!)? running_var, float[] momenta) -> Tensor");
   m.def("block_apply(Tensor y, Tensor constants, float slope) -> Tensor");
   m.def("block_reduce(Tensor dz, Tensor y, Tensor constants, float slope) -> Tensor");
   m.def("block_backward(Tensor dz, Tensor y, Tensor? constants, Tensor? gradient_constants, float slope) -> Tensor");

@@ -250,7 +250,12 @@ def _measured() -> dict[tuple, tuple[int, str, float]]:
     return table
 
 
-PLAIN = frozenset({Tensor, torch.nn.Parameter})  # the types of tensors that stand for no other
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def is_plain(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether these tensors are themselves and have memory: no fake, meta or traced one."""
+    return _PLAIN.issuperset(map(type, (first, *others))) and not first.is_meta
 
 
 class Choice(NamedTuple):
@@ -263,7 +268,7 @@ class Choice(NamedTuple):
     whole: tuple[Callable[..., Any], ...]  # the backend's whole kernels for the operation, counted, if it has them
     dense: bool  # the tensor is contiguous or channels-last
     single: bool  # it has one value per channel
-    plain: bool  # it is itself and has memory: no fake, meta or traced tensor
+    plain: bool  # it `is_plain`
 
 
 _choices: dict[tuple, Choice] = {}
@@ -286,7 +291,7 @@ def _remember(tensor: Tensor, key: tuple) -> Choice:
         _choices.clear()
     decision = decide(operation, tensor, backend)
     name = decision.backend if tensor.numel() else "eager"  # no kernel takes an empty tensor
-    plain = type(tensor) in PLAIN and not tensor.is_meta
+    plain = is_plain(tensor)
     _choices[key] = Choice(
         decision,
         runner_of(name, tensor, forced=backend is not None),
@@ -340,6 +345,12 @@ def _undecided(*_: Any) -> None:
     raise AssertionError("traced code runs no kernel")
 
 
+def instruction_set(convolution: bool) -> str:
+    """The copy of the CPU kernels that runs: plain, avx2 or, of convolutions alone, avx512. Their library is loaded."""
+    found = torch.ops.fastgan_cpu.instruction_set()
+    return "avx2" if found == "avx512" and not convolution else found
+
+
 layer = ""
 
 
@@ -355,6 +366,11 @@ def record(recorder: Callable[[str, Tensor, Decision], None] | None) -> None:
     _recorder = recorder
 
 
+def is_recording() -> bool:
+    """Whether `explain` is listening."""
+    return _recorder is not None
+
+
 def note(operation: str, tensor: Tensor, decision: Decision) -> None:
     """Let `explain` see a choice that was not made by `choose`."""
     if _recorder is not None:
@@ -367,7 +383,7 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
         reason = why_not(backend, operation, device, tensor.dtype)
         if reason is not None:
             raise BackendError(f"{operation}: {reason}")
-        return Decision(backend, "forced")
+        return Decision(backend, f"forced{_copy(backend)}")
     if device == "cpu":
         return decide_on_cpu(operation, tensor.dtype, layout(tensor), tuple(tensor.shape))
     reasons = []
@@ -379,6 +395,10 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
     return Decision("eager", "; ".join(reasons) or f"no other backend runs on {device} tensors")
 
 
+def _copy(backend: str) -> str:
+    return f"; {instruction_set(convolution=False)} kernels" if backend == "cpu" else ""
+
+
 def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int, ...]) -> Decision:
     """What the committed table says for an input of this dtype, layout and shape."""
     key = (operation, str(dtype).removeprefix("torch."), how, shape[1:])
@@ -388,8 +408,10 @@ def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int
     if shape[0] < smallest:
         return Decision("eager", f"'{candidate}' is measured faster only from batch {smallest} on")
     reason = why_not(candidate, operation, "cpu", dtype)
+    if reason is None and candidate == "cpu" and instruction_set(convolution=False) == "plain":
+        reason = "its kernels were measured with AVX2, which this build or FASTGAN_CPU takes away"
     if reason is None:
-        return Decision(candidate, f"measured {ratio:.2f} times as fast as eager for this shape")
+        return Decision(candidate, f"measured {ratio:.2f} times as fast as eager for this shape{_copy(candidate)}")
     return Decision("eager", reason)
 
 
@@ -437,7 +459,7 @@ def runner_of(backend: str, tensor: Tensor, forced: bool) -> Callable[..., Any]:
 
 
 def _is_compared(tensor: Tensor) -> bool:
-    return tensor.is_cuda and type(tensor) in PLAIN  # a fake tensor has no values to compare
+    return tensor.is_cuda and is_plain(tensor)  # a fake tensor has no values to compare
 
 
 def _run_compared(backend: str, forced: bool, of: tuple, name: str, *args: Any) -> Any:

@@ -3,14 +3,17 @@
 import errno
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import fastgan
 from fastgan.errors import FastganError
 
 
-def run_command(main: Callable[[], None], *, debug: bool) -> int:
+def run_command(main: Callable[[], object], *, debug: bool) -> int:
     """Run `main` and return the exit code; with `debug` errors keep their traceback."""
     try:
+        _refuse_namespace()
         main()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -26,6 +29,22 @@ def run_command(main: Callable[[], None], *, debug: bool) -> int:
         print(f"error: out of memory; lower --batch-size or the widths ({error})".splitlines()[0], file=sys.stderr)
         return 2
     return 0
+
+
+def run_configured(kind: type[Any], program: str, run: Callable[[Any], object], arguments: Sequence[str]) -> int:
+    """`run_command` of `run(config)`, where `config` is a dataclass, with a field `debug`, of what the command line
+    says."""
+    import tyro
+
+    config = tyro.cli(kind, prog=program, args=list(arguments))
+    return run_command(lambda: run(config), debug=config.debug)
+
+
+def _refuse_namespace() -> None:
+    """Above a clone named fastgan, Python takes the clone's folder for the package, before an editable install's."""
+    if getattr(fastgan, "__file__", None) is None:
+        folder = next(iter(fastgan.__path__))
+        raise FastganError(f"{folder} hides the installed package from Python here; run the command inside that folder")
 
 
 def _explain(error: Exception) -> str:

@@ -6,6 +6,7 @@ import torch
 
 from fastgan import backends
 from fastgan.build import BuildError, find_cuda, find_cxx
+from fastgan.command import run_command
 from fastgan.versions import cpu_name, versions
 
 
@@ -47,5 +48,4 @@ def _found(find) -> str:
 
 
 if __name__ == "__main__":
-    print(info())
-    sys.exit(0)
+    sys.exit(run_command(lambda: print(info()), debug=False))

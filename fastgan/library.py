@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgan import build
-from fastgan.errors import BackendError
+from fastgan.errors import BackendError, FastganError
 
 _outcomes: dict[str, BackendError | None] = {}
 _mutex = threading.Lock()
@@ -29,7 +29,8 @@ _FAILURE = "failure.json"
 def load(library: str) -> None:
     """Make the operators of `library` ("cpu" or "cuda") exist under `torch.ops`, building them if need be.
 
-    The outcome is remembered: a failure is raised as the same `BackendError` on every later call, at no cost.
+    The outcome is remembered: a failure is raised as the same `BackendError` on every later call, at no cost. A value
+    of FASTGAN_CPU that cannot be is a `FastganError`: nothing runs in the place of what was asked for.
     """
     import torch
 
@@ -41,11 +42,22 @@ def load(library: str) -> None:
                     torch.ops.load_library(path)
                 except OSError as error:
                     raise build.BuildError(_discard(path, library, error.__cause__ or error)) from error
+                if library == "cpu":
+                    _check_instruction_set()
                 _outcomes[library] = None
             except build.BuildError as error:
                 _outcomes[library] = BackendError(f"the {library} library is not available: {error}")
     if (failure := _outcomes[library]) is not None:
         raise failure
+
+
+def _check_instruction_set() -> None:
+    import torch
+
+    try:
+        torch.ops.fastgan_cpu.instruction_set()
+    except RuntimeError as error:
+        raise FastganError("".join(str(error).partition("FASTGAN_CPU")[1:])) from None
 
 
 def status(library: str) -> str:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import triton_device  # noqa: F401  Triton's kernels see at import whether they are interpreted
+from convolution_cases import chains_of_fp32_are_cut, full_precision, small_tiles  # noqa: F401  fixtures likewise
 from pair import pair  # noqa: F401  two processes in one group
 from planted import planted_kernels  # noqa: F401  a fixture of the kernels' tests
 

@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+import fastgan.kernels.conv_bn_act as kernels
+import fastgan.kernels.conv_bn_act_tiles as tiles
+import fastgan.kernels.conv_bn_act_wgrad as wgrad_kernels
+import pytest
 import torch
 from torch import Tensor
 from triton_device import DEVICE
@@ -126,3 +130,37 @@ def verdict(module, name: str, several: list[tuple]) -> str | None:
     for runs in zip(*outcomes, strict=True):
         joined.append(tuple(torch.cat([t.flatten() for t in column]) for column in zip(*runs, strict=True)))
     return misses(*joined)
+
+
+def finished_verdict(module, case: Case, several: list[tuple]) -> str | None:
+    names, arguments = zip(*(finished(case, args) for args in several), strict=True)
+    return verdict(module, names[0], list(arguments))
+
+
+@pytest.fixture
+def full_precision():
+    """Of cuDNN's fp32 convolutions on a card, as of this processor's; TF32 has tests of its own."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+@pytest.fixture
+def chains_of_fp32_are_cut(monkeypatch):
+    """A card's tiles of fp32 are 16 deep, and it splits the pixels: no result is one long chain of additions, as it
+    would be with the tests' deep tiles, where PyTorch's own on this processor is none."""
+
+    def tile_of(value, precision, *sizes):
+        tile = tiles.tile_of(value, precision, *sizes)
+        return tile._replace(depth=min(tile.depth, max(16, tile.depth // 8))) if value.dtype == torch.float32 else tile
+
+    monkeypatch.setattr(kernels, "tile_of", tile_of)
+    monkeypatch.setattr(wgrad_kernels, "tile_of", tile_of)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several ragged tiles in every direction, and steps of one kernel position where there are channels enough."""
+    monkeypatch.setattr(kernels, "tile_of", lambda *_: tiles.Tile(32, 16, 16, 4, 1))
+    monkeypatch.setattr(wgrad_kernels, "tile_of", lambda *_: tiles.Tile(16, 128, 32, 4, 1))

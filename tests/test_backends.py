@@ -1,6 +1,7 @@
 """The choice of a backend, the trust in a kernel, and what a user is told."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from triton_device import DEVICE, MARKS
 
 import fastgan
-from fastgan import backends
+from fastgan import backends, library
 from fastgan.errors import BackendError
 from fastgan.nn import Discriminator, Generator
 from fastgan.ops import bn_act
@@ -242,6 +243,29 @@ def test_explain_knows_the_operations():
     assert fastgan.explain("gan_bce", torch.randn(7))[0].decision.backend == "eager"
     with pytest.raises(BackendError, match=r"'softmax'; known: .*bn_act"):
         fastgan.explain("softmax", X)
+
+
+@pytest.mark.parametrize(
+    ("found", "own", "others"), [("avx512", "avx512", "avx2"), ("avx2", "avx2", "avx2"), ("plain", "plain", "plain")]
+)
+def test_explain_names_the_instruction_set(found, own, others, monkeypatch):
+    """Only convolutions have a copy for AVX-512."""
+    library.load("cpu")
+    monkeypatch.setattr(torch.ops.fastgan_cpu, "instruction_set", lambda: found)
+    assert backends.instruction_set(convolution=True) == own
+    assert f"cpu (forced; {others} kernels)" in str(fastgan.explain("bn_act", X.cpu(), backend="cpu")[0])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
+def test_plain_copies_are_not_taken_for_what_was_measured(monkeypatch):
+    measured(monkeypatch, backend="cpu")
+    library.load("cpu")
+    for found, backend, reason in (("avx2", "cpu", "2.00 times .*; avx2 kernels"), ("plain", "eager", "AVX2")):
+        monkeypatch.setattr(torch.ops.fastgan_cpu, "instruction_set", lambda found=found: found)
+        (layer,) = fastgan.explain("bn_act", X)
+        assert layer.decision.backend == backend
+        assert re.search(reason, layer.decision.reason)
+        backends._choices.clear()
 
 
 def test_available_gives_each_backend_and_its_reason():

@@ -22,6 +22,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import goals  # noqa: E402
 import readme_table  # noqa: E402
+import winograd_bf16  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 16, 1, 4, 2, 2, 2, "fp32", 1.0)
@@ -52,6 +53,7 @@ def test_quick_run_writes_complete_data_and_a_picture_of_it(tiny_cases, tmp_path
     assert command.main(arguments) == 0
     data, said = results.read(file), capsys.readouterr().out
     assert data["environment"]["versions"]["torch"] == torch.__version__
+    assert data["environment"]["kernels"] == torch.ops.fastgan_cpu.instruction_set()
     assert data["peaks"].keys() == RATES.keys()
     assert [measured["case"] for measured in data["rows"]] == ["tiny", "tiny bf16"]
     for measured in data["rows"]:
@@ -229,24 +231,46 @@ class TestShownTables:
         assert readme_table.written(text.replace(f"**{number}**", "**9.99**")) == text
 
     def test_goals_say_what_falls_short(self):
-        assert goals.Goal("x", 2.0, 1.996).line() == ["x", "at least 2", "2.00", "**no**"]
+        assert goals.Goal("x", 2.0, 1.996).line() == ["x", "at least 2", "2.00", "-", "**no**"]
         assert goals.Goal("x", 0.5, 0.5, most=True).line()[-1] == "yes"
+        operation = {"group": "gan_bce both", "name": "64", "provider": "cpu", "times_reference": [1.5, 1.4, 1.6]}
+        bound = operation | {"provider": "no kernel", "times_reference": [1.9, 1.8, 2.0]}
+        copying = operation | {"group": "bn_act both", "times_reference": [1.2, 1.1, 1.3], "share of copy": 0.4}
+        found = goals.of_operations([operation, bound, copying])
+        assert [(goal.measured, pytest.approx(goal.limit)) for goal in found] == [(1.5, 1.9), (1.2, 3.0), (0.4, 1.0)]
         layer = {"group": "forward", "seconds": 1.0, "GFLOP/s": 90.0}
         rows = [
-            layer | {"name": "N G2 512-256 to 8x8", "times_reference": [2.0, 2.0, 2.0]},
-            layer | {"name": "N G3 256-128 to 16x16", "times_reference": [1.3, 1.3, 1.3], "seconds": 3.0},
-            layer | {"name": "N G5 64-3 to 64x64", "times_reference": [3.0, 3.0, 3.0]},
-            layer | {"name": "N D1 3-64 to 32x32", "times_reference": [1.2, 1.2, 1.2]},
-            layer | {"name": "N D5 512-1 to 1x1", "times_reference": [1.0, 1.0, 1.0]},
+            layer | {"name": "DCGAN-64 G2 512-256 to 8x8", "times_reference": [2.0, 2.0, 2.0]},
+            layer | {"name": "DCGAN-64 G3 256-128 to 16x16", "times_reference": [1.3, 1.3, 1.3], "seconds": 3.0},
+            layer | {"name": "DCGAN-64 G5 64-3 to 64x64", "times_reference": [3.0, 3.0, 3.0]},
+            layer | {"name": "DCGAN-64 D1 3-64 to 32x32", "times_reference": [1.2, 1.2, 1.2]},
+            layer | {"name": "DCGAN-64 D5 512-1 to 1x1", "times_reference": [1.0, 1.0, 1.0]},
+            layer | {"name": "DCGAN-64 G1 100-512 to 4x4", "times_reference": [1.0, 1.0, 1.0]},
         ]
         found = [(goal.what.split(",")[0], goal.measured) for goal in goals.of_layers(rows)]
         mean, short, thin = found
         assert mean[1] == pytest.approx((2.0 + 3 * 1.3) / 4)
-        assert short == ("middle: N G3 256-128 to 16x16", 1.3)
-        assert thin == ("thin: N G5 64-3 to 64x64", 3.0)  # at D1 the library is fast
+        assert short == ("middle: DCGAN-64 G3 256-128 to 16x16", 1.3)
+        assert thin == ("thin: DCGAN-64 G5 64-3 to 64x64", 3.0)  # at D1 the library is fast
 
     def test_every_committed_row_is_a_case(self):
         assert {row["case"] for row in readme_table.step_rows()} <= {case.name for case in CASES}
+
+
+class TestProductsInBf16:
+    @pytest.mark.parametrize("algorithm", winograd_bf16.ALGORITHMS, ids=lambda one: one.name)
+    def test_each_algorithm_is_the_convolution(self, algorithm):
+        torch.manual_seed(0)
+        x, w, g = torch.randn(2, 3, 16, 8), torch.randn(5, 3, 4, 4), torch.randn(2, 5, 8, 4)
+        found = winograd_bf16.passes(x, w, g, algorithm._replace(operands=torch.float32))
+        for name, exact in winograd_bf16.own(x.double(), w.double(), g.double()).items():
+            torch.testing.assert_close(found[name].double(), exact, rtol=1e-4, atol=1e-4)
+
+    def test_the_page_says_which_forward_passes_the_rule_refuses(self):
+        page = winograd_bf16.PAGE.read_text(encoding="utf-8").partition("<!-- winograd bf16 -->")[2]
+        said = {line.split(" | ")[0].strip("| "): "**no**" in line.split(" | ")[2] for line in page.splitlines()[4:10]}
+        found = winograd_bf16.measured(64)
+        assert said == {name: not passes["forward"][2] for name, passes in found.items()}
 
 
 def test_run_length_comes_from_the_images_per_second():

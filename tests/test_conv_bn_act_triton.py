@@ -4,7 +4,6 @@ import itertools
 
 import fastgan.kernels.conv_bn_act as kernels
 import fastgan.kernels.conv_bn_act_arrivals as arrivals
-import fastgan.kernels.conv_bn_act_constants as constant_kernels
 import fastgan.kernels.conv_bn_act_operand as operand_kernels
 import fastgan.kernels.conv_bn_act_tiles as tiles
 import fastgan.kernels.conv_bn_act_wgrad as wgrad_kernels
@@ -19,6 +18,7 @@ from convolution_cases import (
     Case,
     convolve_arguments,
     finished,
+    finished_verdict,
     verdict,
     weight_gradient_arguments,
 )  # fmt: skip
@@ -29,39 +29,9 @@ from fastgan import backends
 from fastgan.ops import conv_bn_act_eager as eager
 from fastgan.tolerance import misses
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("full_precision", "chains_of_fp32_are_cut")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 CHANNELS = [1, 3, 17, 64, 100]
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    """Of cuDNN's fp32 convolutions on a card, as of this processor's; TF32 has tests of its own."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
-
-
-@pytest.fixture(autouse=True)
-def chains_of_fp32_are_cut(monkeypatch):
-    """A card's tiles of fp32 are 16 deep, and it splits the pixels: no result is one long chain of additions, as it
-    would be with the tests' deep tiles, where PyTorch's own on this processor is none."""
-
-    def tile_of(value, precision, *sizes):
-        tile = tiles.tile_of(value, precision, *sizes)
-        return tile._replace(depth=min(tile.depth, max(16, tile.depth // 8))) if value.dtype == torch.float32 else tile
-
-    monkeypatch.setattr(kernels, "tile_of", tile_of)
-    monkeypatch.setattr(wgrad_kernels, "tile_of", tile_of)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several ragged tiles in every direction, and steps of one kernel position where there are channels enough."""
-    monkeypatch.setattr(kernels, "tile_of", lambda *_: tiles.Tile(32, 16, 16, 4, 1))
-    monkeypatch.setattr(wgrad_kernels, "tile_of", lambda *_: tiles.Tile(16, 128, 32, 4, 1))
-
 
 PARAMETERS = {
     "to_large": [False, True],
@@ -99,11 +69,6 @@ def check(case: Case, each: bool = False) -> None:
     if makes_constants:
         assert finished_verdict(kernels, case, several) is None
     assert verdict(kernels, "weight_gradient", [weight_gradient_arguments(case)]) is None
-
-
-def finished_verdict(module, case: Case, several: list[tuple]) -> str | None:
-    names, arguments = zip(*(finished(case, args) for args in several), strict=True)
-    return verdict(module, names[0], list(arguments))
 
 
 @pytest.mark.parametrize("case", [Case(**values) for values in pairwise(PARAMETERS)], ids=lambda case: str(case[:9]))
@@ -144,77 +109,6 @@ def test_several_ragged_tiles_unequal_axes_and_dilation(case, small_tiles, monke
     ends with merged phases."""
     monkeypatch.setattr(wgrad_kernels, "MAX_SPLITS", 3)
     check(case, each=True)
-
-
-def test_a_lone_pixel_is_not_multiplied_by_kernel_positions_that_miss_it(monkeypatch):
-    """A transposed convolution of one pixel: each output pixel is a phase with one position."""
-    case = Case(True, (4, 4), (1, 1), (0, 0), (1, 1), 64, 33, (5, 4, 4), "plain", "store")
-    seen = launched(case, monkeypatch)
-    assert seen["grid"] == (16,)
-    assert seen["STRIDE"] == seen["STEP"] == (4, 4)
-
-
-def launched(case: Case, monkeypatch) -> dict:
-    """The grid and the compile-time arguments of a convolution."""
-    seen = {}
-    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **meta: seen.update(grid=grid, **meta))
-    kernels.convolve(*convolve_arguments(case))
-    return seen
-
-
-@pytest.mark.parametrize(
-    ("case", "merged"),
-    [
-        (Case(True, small_channels=64, large_channels=3, image=(2, 64, 64), epilogue="store"), True),
-        (Case(True, small_channels=64, large_channels=1, image=(2, 64, 64), epilogue="store"), True),
-        (Case(True, (4, 4), (1, 1), (0, 0), (1, 1), 100, 3, (2, 4, 4), epilogue="store"), True),  # of one pixel
-        (Case(True, small_channels=64, large_channels=3, image=(2, 64, 64), epilogue="statistics"), False),
-        (Case(True, small_channels=64, large_channels=64, image=(2, 64, 64), epilogue="store"), False),
-        (Case(True, (3, 3), (1, 1), small_channels=64, large_channels=3, epilogue="store"), False),  # one phase
-        (Case(True, dilation=(2, 2), small_channels=64, image=(2, 64, 64), epilogue="store"), False),
-    ],
-    ids=str,
-)
-def test_phases_are_merged_where_that_multiplies_less(case, merged, monkeypatch):
-    assert launched(case, monkeypatch)["MERGED"] == merged
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("operand", "kernel", "channels"),
-    [("activation", 4, 3), ("gradient", 4, 3), ("activation", 4, 1), ("leaky", 5, 3), ("gradient", 3, 1)],
-)
-def test_merged_phases_are_as_right_as_pytorch(operand, kernel, channels, dtype):
-    """A generator's last layer, and the gradient of a discriminator's first by its images."""
-    ends = {"small_channels": 64, "large_channels": channels, "image": (3, 16, 14)}
-    case = Case(True, (kernel, kernel), **ends, operand=operand, epilogue="store", bias=kernel == 4, dtype=dtype)
-    assert verdict(kernels, "convolve", [convolve_arguments(case)]) is None
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_merged_phases_keep_what_is_not_finite_where_pytorch_has_it(bad):
-    """A kernel of 4 at a stride of 2 gives every phase the same positions: no output meets a pixel that is not its."""
-    args = list(convolve_arguments(Case(True, operand="plain", epilogue="store", dtype=torch.float32)))
-    args[0][1, 1, 2, 1] = bad
-    y, _ = kernels.convolve(*args)
-    own, _ = eager.convolve(*args)
-    assert torch.equal(y.isfinite(), own.isfinite())
-    assert not y.isfinite().all()
-
-
-@pytest.mark.parametrize(("stride", "dilation"), list(itertools.product([1, 2, 3, 4], [1, 2, 3])))
-@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5])
-def test_phases_multiply_what_counts_and_nothing_else(kernel, stride, dilation):
-    """The multiplications of all phases of an axis are those of the plain convolution that they are the gradient of."""
-    from fastgan.kernels.conv_transpose_bn_act import spacing
-
-    size, padding, step = 64 * stride, kernel // 2, spacing(stride, dilation)
-    used = 0
-    for phase in range(stride):
-        hits = [r for r in range(kernel) if (phase + padding - r * dilation) % stride == 0]
-        assert hits == list(range(hits[0], kernel, step))[: len(hits)] if hits else True
-        used += len(hits) * size // stride
-    assert used == kernel * size // stride
 
 
 # --- the last program of several ------------------------------------------------------------------------------------
@@ -258,14 +152,6 @@ def test_counters_are_zero_again_after_a_launch(small_tiles, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert max(asked) > 6, "several groups were wanted"
     assert not zeros.any()
-
-
-def test_a_counter_that_is_left_is_noticed(small_tiles, planted_kernels, monkeypatch):
-    planted = planted_kernels(arrivals, "tl.store(counter, 0)", "tl.store(counter, 1)")
-    for module in (constant_kernels, wgrad_kernels):
-        monkeypatch.setattr(module, "_comes_last", planted._comes_last)
-    with pytest.raises(AssertionError):
-        test_counters_are_zero_again_after_a_launch(None, monkeypatch)
 
 
 def test_each_stream_has_counters_of_its_own_and_they_are_kept(monkeypatch):
@@ -336,20 +222,6 @@ def stored_statistics(module, dtype: torch.dtype, mean: float) -> str | None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_statistics_are_those_of_the_stored_output_wherever_its_mean(dtype, mean, small_tiles):
     assert stored_statistics(kernels, dtype, mean) is None
-
-
-STORED_BUGS = {
-    "m2 of the unrounded output": ("result = tl.where(filled, stored.to(ACC), 0.0)", "result = acc"),
-    "what rounding takes from the mean dropped": ("3 * every + part, rest", "3 * every + part, rest * 0"),
-}
-
-
-@pytest.mark.parametrize("bug", STORED_BUGS)
-def test_a_planted_bug_in_the_statistics_is_noticed(bug, planted_kernels, monkeypatch):
-    planted = planted_kernels(kernels, *STORED_BUGS[bug])
-    monkeypatch.setattr(planted, "tile_of", lambda *_: tiles.Tile(32, 16, 16, 4, 1))
-    found = [stored_statistics(planted, dtype, 1e4) for dtype in (torch.float32, torch.bfloat16)]
-    assert any(reason is not None for reason in found)
 
 
 # --- promises -------------------------------------------------------------------------------------------------------
@@ -455,85 +327,6 @@ def test_tf32_is_the_definition_of_rounded_operands(kind, tf32):
     assert misses(y, F.conv2d(x, weight, None, case.stride, case.padding), truth) is None
     exact = eager.convolve(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))[0]
     assert misses(y, eager.convolve(*args)[0], exact) is not None, "the switch for TF32 changed nothing"
-
-
-# --- planted bugs ---------------------------------------------------------------------------------------------------
-
-MASKED_FIRST = ("return tl.where(inside, mapped, 0.0).to(value.dtype)", "return mapped.to(value.dtype)")
-BUGS = {
-    "padding before the prologue": (operand_kernels, *MASKED_FIRST),
-    "B of the gradient dropped": (operand_kernels, "second.to(mean.dtype) - mean, shift", "mean * 0, shift"),
-    "C of the gradient dropped": (operand_kernels, "shift + tl.zeros_like(mean))", "tl.zeros_like(mean))"),
-    "gradient without its own mean": (operand_kernels, "second.to(mean.dtype) - mean,", "second.to(mean.dtype),"),
-    "halo row dropped": (kernels, "(h >= 0) & (h < height)", "(h > 0) & (h < height)"),
-    "halo column dropped": (kernels, "(w >= 0) & (w < width)", "(w >= 0) & (w < width - 1)"),
-    "rows that are none counted": (kernels, "tl.sum(exists.to(ACC), 0)", "tl.sum(exists.to(ACC), 0) + 1"),
-    "slope not applied backward": (kernels, "_through_activation(acc, v, OUT_SLOPE)", "acc"),
-    "product with y instead of y - mu": (kernels, "            raw = raw - m\n", ""),
-    "bias forgotten": (kernels, "acc += tl.load(bias + n, real, 0.0).to(ACC)[None, :]", "acc += 0.0"),
-    "phases swapped": (kernels, "j * STRIDE[1] + right", "j * STRIDE[1] + (STRIDE[1] - 1 - right)"),
-    "merged phases swapped": (kernels, "left[:, None] * STRIDE[1] + s0", "left[:, None] * STRIDE[1] + 1 - s0"),
-    "a merged phase's last position dropped": (kernels, "& (s < KERNEL[1])", "& (s < KERNEL[1] - 1)"),
-    "a merged phase's first pixel dropped": (kernels, "& (j >= 0) & (j < out_width)", "& (j > 0) & (j < out_width)"),
-    "a split lost": (wgrad_kernels, "in tl.static_range(GROUP):", "in tl.static_range(1, GROUP):"),
-    "halo of the weight gradient dropped": (wgrad_kernels, "& (h >= 0) & (h < height)", "& (h > 0) & (h < height)"),
-}  # fmt: skip
-
-
-def first_miss(modules: dict) -> str | None:
-    """Of a few elements, so that a dropped term cannot hide."""
-    common = {"small_channels": 2, "large_channels": 3, "image": (2, 9, 6)}
-    cases = [
-        Case(False, **common, operand="activation", epilogue="statistics", bias=True),
-        Case(True, **common, operand="gradient", epilogue="backward"),
-        Case(False, **common, operand="plain", epilogue="statistics", dtype=torch.bfloat16),
-    ]
-    merged = Case(True, (3, 3), **common, operand="activation", epilogue="store")
-    if (reason := verdict(modules.get(kernels, kernels), "convolve", [convolve_arguments(merged)])) is not None:
-        return reason
-    for case in cases:
-        several = [convolve_arguments(case, 10 * seed) for seed in range(4)]
-        reason = finished_verdict(modules.get(kernels, kernels), case, several)
-        if reason is None and case.dtype == torch.float64:
-            several = [weight_gradient_arguments(case, seed) for seed in range(2)]
-            reason = verdict(modules.get(wgrad_kernels, wgrad_kernels), "weight_gradient", several)
-        if reason is not None:
-            return reason
-    return None
-
-
-def test_the_planted_bugs_are_the_only_difference():
-    assert first_miss({}) is None
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_noticed(bug, planted_kernels, monkeypatch):
-    module, right, wrong = BUGS[bug]
-    monkeypatch.setattr(tiles, "_PLAIN", (tiles.Tile(16, 32, 16, 4, 1),))
-    planted = planted_kernels(module, right, wrong)
-    if module is operand_kernels:
-        for user in (kernels, wgrad_kernels):
-            monkeypatch.setattr(user, "_operand", planted._operand)
-        assert first_miss({}) is not None
-    else:
-        assert first_miss({module: planted}) is not None
-
-
-CONSTANT_BUGS = {
-    "biased running variance": ("m2 / tl.maximum(counts - 1.0, 1.0)", "m2 / counts"),
-    "eps outside the root": ("1.0 / tl.sqrt(var + tl.full((BC,), eps, ACC))",
-                             "1.0 / (tl.sqrt(var) + tl.full((BC,), eps, ACC))"),
-    "spread of the tiles' means dropped": (" + n * apart * apart, 0)", ", 0)"),
-    "running statistics not kept": ("tl.store(running_mean + c, new_mean", "tl.store(running_mean + c, 0 * new_mean"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("bug", CONSTANT_BUGS)
-def test_a_planted_bug_in_the_constants_is_noticed(bug, planted_kernels, monkeypatch):
-    planted = planted_kernels(constant_kernels, *CONSTANT_BUGS[bug])
-    monkeypatch.setattr(kernels, "block_constants", planted.block_constants)
-    with pytest.raises(AssertionError):
-        test_block_constants(65, torch.float32, 3)
 
 
 # --- choice of tiles ------------------------------------------------------------------------------------------------

@@ -262,9 +262,17 @@ def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
         assert "the library computes in bfloat16" in why_unfused(torch.randn(2, 3, 8, 8))
 
 
+def test_explain_tells_why_a_stack_is_not_one_unit():
+    stack, *blocks = explain(Discriminator(16, 3, 8).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64))
+    assert (stack.name, stack.operation, len(blocks)) == ("main", "ConvStack", 2)
+    assert stack.decision.reason.startswith("its blocks run one by one: float64 takes the kernels only where")
+
+
 def test_explain_names_each_block():
     layers = explain(Discriminator(16, 3, 8), torch.randn(2, 3, 16, 16))
     assert [(layer.name, layer.decision.backend) for layer in layers] == [(f"main.{i}", "cpu") for i in (0, 2, 5)]
+    own = f"convolution by {torch.ops.fastgan_cpu.instruction_set()} kernels"
+    assert [layer.decision.reason.partition(", ")[2] for layer in layers] == [own, own, "convolution by the library"]
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,13 @@ def test_instruction_set_can_be_forced(name):
         assert result.stdout.strip() == name
     else:
         assert result.returncode
-        assert f"FASTGAN_CPU={name}: this processor and build offer at most" in result.stderr
+        assert f"FastganError: FASTGAN_CPU={name}: this processor and build offer at most" in result.stderr
 
 
 def test_unknown_instruction_set_is_an_error():
     result = run_python(SHOW, FASTGAN_CPU="sse9")
     assert result.returncode
-    assert "FASTGAN_CPU must be plain, avx2 or avx512, got sse9" in result.stderr
+    assert "FastganError: FASTGAN_CPU must be plain, avx2 or avx512, got sse9" in result.stderr
 
 
 CONVOLVE = """

@@ -1,5 +1,6 @@
 """The package imports quickly, builds nothing, and lies where it should."""
 
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,20 @@ def test_top_level_holds_nothing_else():
         pytest.skip("not a git checkout: what is tracked is unknown")
     folders = {line.partition("/")[0] for line in listed.stdout.splitlines() if "/" in line}
     assert folders == {".ci", "benchmarks", "csrc", "docs", "fastgan", "kernels", "tests"}
+
+
+@pytest.mark.parametrize("command", ["train", "info"])
+def test_command_run_above_the_clone_says_where_to_run_it(command, tmp_path):
+    (tmp_path / "fastgan").symlink_to(ROOT)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run([sys.executable, "-c", "import fastgan; print(fastgan.__file__)"], cwd=tmp_path,
+                           env=environment, capture_output=True, text=True, check=True)  # fmt: skip
+    if found.stdout != "None\n":
+        pytest.skip(f"{found.stdout.strip()} is found before a folder: not an editable install")
+    ran = subprocess.run([sys.executable, "-m", f"fastgan.{command}"], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True)  # fmt: skip
+    said = f"{tmp_path / 'fastgan'} hides the installed package from Python here; run the command inside that folder"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", f"error: {said}\n")
 
 
 def test_version_is_stated_once():

@@ -151,7 +151,9 @@ def test_explain_names_who_runs_a_synchronised_block_and_why(pair):
         convolution, norm, last = lines
         assert re.search(r"^0: convolution .* -> eager \(the library's: BatchNorm over several processes", convolution)
         assert re.search(r"^0: bn_act .* -> triton \(forced; over 2 processes\)", norm)
-        assert re.search(r"^3: conv_bn_act .* -> triton \(one unit from layer 3 on\)", last)
+        assert re.search(
+            r"^3: conv_bn_act .* -> triton \(one unit from layer 3 on, convolution by Triton kernels\)", last
+        )
 
 
 def test_kernels_of_a_step_by_name_and_number():

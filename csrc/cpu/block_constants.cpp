@@ -1,4 +1,5 @@
-// The O(C) work between two convolutions: from a convolution's sums to the constants of the next prologue.
+// The O(C) work between two convolutions: from a convolution's sums to the constants of the next prologue, for each set of
+// them: a batch of several has one for each part.
 #include <cmath>
 
 #include "cpu/operators.h"
@@ -12,6 +13,13 @@ using torch::headeronly::ScalarType;
 template <class T>
 T* data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+// Calls f with the values of `sums` in their own type.
+template <class F>
+void with_type(const Tensor& sums, const F& f) {
+  const void* values = sums.const_data_ptr();
+  sums.scalar_type() == ScalarType::Double ? f(static_cast<const double*>(values)) : f(static_cast<const float*>(values));
 }
 
 template <class T>
@@ -31,7 +39,7 @@ template <class T>
 void backward(int64_t C, const T* sums, const T* constants, int64_t count, T* out, T* grads) {
   for (int64_t c = 0; c < C; c++) {
     T scale = constants[C + c], invstd = constants[3 * C + c], grad_bias = sums[c], grad_weight = invstd * sums[C + c];
-    grads[c] = grad_weight, grads[C + c] = grad_bias;
+    grads[c] += grad_weight, grads[C + c] += grad_bias;  // over all sets
     out[c] = scale, out[3 * C + c] = constants[c];
     out[C + c] = count ? -scale * invstd * grad_weight / static_cast<T>(count) : T(0);
     out[2 * C + c] = count ? -scale * grad_bias / static_cast<T>(count) : T(0);
@@ -41,10 +49,10 @@ void backward(int64_t C, const T* sums, const T* constants, int64_t count, T* ou
 }  // namespace
 
 Tensor block_constants(Tensor sums, int64_t count, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
-                       std::optional<Tensor> running_mean, std::optional<Tensor> running_var, double momentum) {
+                       std::optional<Tensor> running_mean, std::optional<Tensor> running_var, std::vector<double> momenta) {
   const char* op = "block_constants";
-  int64_t C = sums.size(1);
-  check(op, "sums", sums, {2, C}, false, sums.scalar_type());
+  int64_t C = sums.size(1), sets = momenta.size();
+  check(op, "sums", sums, {2 * sets, C}, false, sums.scalar_type());
   const std::optional<Tensor>* given[] = {&weight, &bias, &running_mean, &running_var};
   const char* names[] = {"weight", "bias", "running_mean", "running_var"};
   for (int i = 0; i < 4; i++) {
@@ -52,30 +60,30 @@ Tensor block_constants(Tensor sums, int64_t count, std::optional<Tensor> weight,
   }
   STD_TORCH_CHECK(!running_mean == !running_var, op, ": running_mean and running_var come together");
   STD_TORCH_CHECK(count > 1 || !running_mean, op, ": the running variance needs more than 1 value per channel");
-  Tensor out = torch::stable::new_empty(sums, {4, C});
-  if (sums.scalar_type() == ScalarType::Double) {
-    forward(C, static_cast<const double*>(sums.const_data_ptr()), count, data<double>(weight), data<double>(bias), eps,
-            data<double>(running_mean), data<double>(running_var), momentum, static_cast<double*>(out.mutable_data_ptr()));
-  } else {
-    forward(C, static_cast<const float*>(sums.const_data_ptr()), count, data<float>(weight), data<float>(bias), eps,
-            data<float>(running_mean), data<float>(running_var), momentum, static_cast<float*>(out.mutable_data_ptr()));
-  }
+  Tensor out = torch::stable::new_empty(sums, {4 * sets, C});
+  with_type(sums, [&]<class T>(const T* in) {
+    T* rows = static_cast<T*>(out.mutable_data_ptr());
+    for (double momentum : momenta) {
+      forward(C, in, count, data<T>(weight), data<T>(bias), eps, data<T>(running_mean), data<T>(running_var), momentum, rows);
+      in += 2 * C, rows += 4 * C;
+    }
+  });
   return out;
 }
 
 std::tuple<Tensor, Tensor> block_gradient_constants(Tensor sums, Tensor constants, int64_t count) {
   const char* op = "block_gradient_constants";
-  int64_t C = sums.size(1);
-  check(op, "sums", sums, {2, C}, false, sums.scalar_type());
-  check(op, "constants", constants, {4, C}, false, sums.scalar_type());
-  Tensor out = torch::stable::new_empty(sums, {4, C}), grads = torch::stable::new_empty(sums, {2, C});
-  if (sums.scalar_type() == ScalarType::Double) {
-    backward(C, static_cast<const double*>(sums.const_data_ptr()), static_cast<const double*>(constants.const_data_ptr()), count,
-             static_cast<double*>(out.mutable_data_ptr()), static_cast<double*>(grads.mutable_data_ptr()));
-  } else {
-    backward(C, static_cast<const float*>(sums.const_data_ptr()), static_cast<const float*>(constants.const_data_ptr()), count,
-             static_cast<float*>(out.mutable_data_ptr()), static_cast<float*>(grads.mutable_data_ptr()));
-  }
+  int64_t C = sums.size(1), sets = sums.size(0) / 2;
+  check(op, "sums", sums, {2 * sets, C}, false, sums.scalar_type());
+  check(op, "constants", constants, {4 * sets, C}, false, sums.scalar_type());
+  Tensor out = torch::stable::new_empty(constants, {4 * sets, C}), grads = torch::stable::new_zeros(sums, {2, C});
+  with_type(sums, [&]<class T>(const T* in) {
+    T* rows = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t set = 0; set < sets; set++, in += 2 * C, rows += 4 * C) {
+      backward(C, in, static_cast<const T*>(constants.const_data_ptr()) + set * 4 * C, count, rows,
+               static_cast<T*>(grads.mutable_data_ptr()));
+    }
+  });
   return {out, grads};
 }
 

@@ -61,14 +61,22 @@ FASTGAN_INLINE Wide<float> widened(Vec<float> x) {
 
 template <class T>
 struct TwoSums {
+  static constexpr int64_t terms = 256;  // as many as are walked at all
   Wide<T> first, second;
 
-  FASTGAN_INLINE void add(Wide<T> a, Wide<T> b, Wide<T> c) {  // first += a, second += b*c
-    for (int k = 0; k < Wide<T>::parts; k++) {
-      first.part[k] += a.part[k];
-      second.part[k] = fma(b.part[k], c.part[k], second.part[k]);
-    }
+  FASTGAN_INLINE void add(const TwoSums& other) {
+    for (int k = 0; k < Wide<T>::parts; k++) first.part[k] += other.first.part[k], second.part[k] += other.second.part[k];
   }
+  FASTGAN_INLINE const TwoSums& wide() const { return *this; }
+};
+
+// Of a few terms, in T: their rounding does not show beside that of a gradient (it would in a variance).
+template <class T>
+struct ShortSums {
+  static constexpr int64_t terms = 8;
+  Vec<T> first, second;
+
+  FASTGAN_INLINE TwoSums<T> wide() const { return {widened(first), widened(second)}; }
 };
 
 enum BackwardRow { row_backward_a = activation_rows, row_backward_b, row_backward_c };
@@ -84,15 +92,21 @@ struct Block {
     return splat(constants[row * C + channel]);
   }
 
-  // f(i, n) returns what is done to the n values of columns i..., given their offset: constants are loaded once for rows.
+  // f(i, n) returns what is done to the n values of columns i..., given their offset: where rows are short, constants are
+  // loaded once for four; where they are long, four at a time would be more streams than the processor foresees.
   template <class F>
   FASTGAN_INLINE void each(F f) const {
-    for (int64_t r = 0; r < rows; r += 4) {
-      int64_t some = std::min<int64_t>(4, rows - r), i = 0;
+    width < 64 ? each_of<4>(f) : each_of<1>(f);
+  }
+
+  template <int count, class F>
+  FASTGAN_INLINE void each_of(F f) const {
+    for (int64_t r = 0; r < rows; r += count) {
+      int64_t some = std::min<int64_t>(count, rows - r), i = 0;
       for (; i + lanes<T> <= width; i += lanes<T>) {
         auto one = f(i, lanes<T>);
-        if (some == 4) {
-          FASTGAN_UNROLL for (int k = 0; k < 4; k++) one((r + k) * width + i);
+        if (some == count) {
+          FASTGAN_UNROLL for (int k = 0; k < count; k++) one((r + k) * width + i);
         } else {
           for (int64_t k = 0; k < some; k++) one((r + k) * width + i);
         }
@@ -131,81 +145,77 @@ struct Block {
     });
   }
 
-  // Columns are walked in strides that the processor does not foresee: what the next piece needs is asked for here.
-  FASTGAN_INLINE void fetch_next(const T* values, int64_t at) const { __builtin_prefetch(values + at + rows * width); }
+  // Rows are walked side by side, more streams than the processor foresees: what the next ones need is asked for here.
+  template <class Some>
+  FASTGAN_INLINE void fetch_next(const T* values, int64_t at) const {
+    __builtin_prefetch(values + at + std::min(Some::terms, rows) * width);
+  }
 
   // Adds to two sums of each channel, in out[channel] and out[C + channel]: f(at, i, n, sums) adds one register of values.
-  template <class F>
+  template <class Some, class F>
   FASTGAN_INLINE void sum(double* out, F f) const {
     if constexpr (channels_last) {
-      int64_t i = 0;
-      for (; i + 2 * lanes<T> <= width; i += 2 * lanes<T>) {  // of a cache line, with enough sums to hide their latency
-        TwoSums<T> left = sums(out, i, lanes<T>), right = sums(out, i + lanes<T>, lanes<T>);
-        for (int64_t r = 0; r < rows; r++) {
-          f(r * width + i, i, lanes<T>, left), f(r * width + i + lanes<T>, i + lanes<T>, lanes<T>, right);
-        }
-        keep(left, out, i, lanes<T>), keep(right, out, i + lanes<T>, lanes<T>);
-      }
-      for (; i < width; i += lanes<T>) {
-        int64_t n = std::min<int64_t>(lanes<T>, width - i);
-        TwoSums<T> one = sums(out, i, n);
-        for (int64_t r = 0; r < rows; r++) f(r * width + i, i, n, one);
-        keep(one, out, i, n);
+      for (int64_t r = 0; r < rows; r += Some::terms) {
+        int64_t i = 0;
+        for (; i + 2 * lanes<T> <= width; i += 2 * lanes<T>) sum_rows<Some, 2>(out, i, lanes<T>, r, f);  // of a cache line
+        for (; i < width; i += lanes<T>) sum_rows<Some, 1>(out, i, std::min<int64_t>(lanes<T>, width - i), r, f);
       }
     } else {
-      TwoSums<T> one{};
-      int64_t i = 0;
-      for (; i + lanes<T> <= width; i += lanes<T>) f(i, i, lanes<T>, one);
-      if (i < width) f(i, i, width - i, one);
-      for (const Vec<double>& part : one.first.part) {
-        for (int l = 0; l < lanes<double>; l++) out[channel] += part[l];
+      TwoSums<T> all{};
+      for (int64_t i = 0; i < width;) {
+        Some some{};
+        for (int64_t end = std::min(width, i + Some::terms * lanes<T>); i < end; i += lanes<T>) {
+          f(i, i, std::min<int64_t>(lanes<T>, width - i), some);
+        }
+        all.add(some.wide());
       }
-      for (const Vec<double>& part : one.second.part) {
-        for (int l = 0; l < lanes<double>; l++) out[C + channel] += part[l];
+      for (int k = 0; k < Wide<T>::parts; k++) {
+        for (int l = 0; l < lanes<double>; l++) out[channel] += all.first.part[k][l], out[C + channel] += all.second.part[k][l];
       }
     }
   }
 
-  FASTGAN_INLINE TwoSums<T> sums(const double* out, int64_t i, int64_t n) const {
-    TwoSums<T> s;
-    for (int k = 0; k < Wide<T>::parts; k++) {
-      int64_t at = i + k * lanes<double>, left = std::clamp<int64_t>(n - k * lanes<double>, 0, lanes<double>);
-      s.first.part[k] = load(out + at, left), s.second.part[k] = load(out + C + at, left);
+  // Of rows r and after, and of `registers` registers of columns from i on, n in each.
+  template <class Some, int registers, class F>
+  FASTGAN_INLINE void sum_rows(double* out, int64_t i, int64_t n, int64_t r, F f) const {
+    Some some[registers] = {};
+    for (int64_t end = std::min(rows, r + Some::terms); r < end; r++) {
+      FASTGAN_UNROLL for (int c = 0; c < registers; c++) f(r * width + i + c * lanes<T>, i + c * lanes<T>, n, some[c]);
     }
-    return s;
-  }
-
-  FASTGAN_INLINE void keep(const TwoSums<T>& s, double* out, int64_t i, int64_t n) const {
-    for (int k = 0; k < Wide<T>::parts; k++) {
-      int64_t at = i + k * lanes<double>, left = std::clamp<int64_t>(n - k * lanes<double>, 0, lanes<double>);
-      store(out + at, s.first.part[k], left), store(out + C + at, s.second.part[k], left);
+    FASTGAN_UNROLL for (int c = 0; c < registers; c++) {
+      TwoSums<T> all = some[c].wide();
+      FASTGAN_UNROLL for (int k = 0; k < Wide<T>::parts; k++) {
+        double* at = out + i + c * lanes<T> + k * lanes<double>;
+        int64_t left = std::clamp<int64_t>(n - k * lanes<double>, 0, lanes<double>);
+        store(at, load(at, left) + all.first.part[k], left), store(at + C, load(at + C, left) + all.second.part[k], left);
+      }
     }
   }
 
   // Sums of the differences from `pivot`, a value of the channel, and of their squares: they lose no digits, whatever the
   // mean is.
   void statistics(const T* y, const T* pivot, double* out) const {
-    sum(out, [&](int64_t at, int64_t i, int64_t n, TwoSums<T>& s) __attribute__((always_inline)) {
-      fetch_next(y, at);
+    sum<TwoSums<T>>(out, [&](int64_t at, int64_t i, int64_t n, TwoSums<T>& s) __attribute__((always_inline)) {
+      fetch_next<TwoSums<T>>(y, at);
       Vec<T> from = channels_last ? load(pivot + i, n) : splat(pivot[channel]);
       Wide<T> d = widened(load(y + at, n)), centre = widened(from);
       for (int k = 0; k < Wide<T>::parts; k++) {
         d.part[k] -= centre.part[k];
-        if (channels_last) continue;  // there the lanes past n are of no channel
-        for (int64_t l = std::max<int64_t>(0, n - k * lanes<double>); l < lanes<double>; l++) d.part[k][l] = 0;
+        if (!channels_last) {  // channels-last, the lanes past n are of no channel
+          for (int64_t l = std::max<int64_t>(0, n - k * lanes<double>); l < lanes<double>; l++) d.part[k][l] = 0;
+        }
+        s.first.part[k] += d.part[k], s.second.part[k] = fma(d.part[k], d.part[k], s.second.part[k]);
       }
-      s.add(d, d, d);
     });
   }
 
   void reduce(const T* dz, const T* y, double* out, T slope) const {
     Vec<T> slopes = splat(slope);
-    sum(out, [&](int64_t at, int64_t i, int64_t n, TwoSums<T>& s) __attribute__((always_inline)) {
-      fetch_next(y, at), fetch_next(dz, at);
+    sum<ShortSums<T>>(out, [&](int64_t at, int64_t i, int64_t n, ShortSums<T>& s) __attribute__((always_inline)) {
+      fetch_next<ShortSums<T>>(y, at), fetch_next<ShortSums<T>>(dz, at);
       Vec<T> deviation = load(y + at, n) - constant(row_mean, i, n), g = load(dz + at, n);
       g = fma(deviation, constant(row_scale, i, n), constant(row_shift, i, n)) > Vec<T>{} ? g : g * slopes;
-      Wide<T> wide = widened(g);
-      s.add(wide, wide, widened(deviation));
+      s.first += g, s.second = fma(g, deviation, s.second);
     });
   }
 };
@@ -256,7 +266,7 @@ void run_task(const BnAct& p, int64_t image, int64_t channel, int64_t begin, int
 
 template <class S, class T, bool channels_last>
 void run(const BnAct& p) {
-  constexpr int64_t task_values = 1 << 16;
+  constexpr int64_t task_values = 1 << 14;
   int64_t unit = channels_last ? p.N * p.S : p.S;  // pixels to cut: of everything, or of one channel of one image
   int64_t pixels = channels_last ? std::max<int64_t>(task_values / p.C, 16) : task_values;
   int64_t cuts = (unit + pixels - 1) / pixels, blocks = channels_last ? cuts : p.N * cuts;

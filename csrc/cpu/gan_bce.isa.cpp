@@ -1,4 +1,4 @@
-// One pass over the logits of each half, in doubles: the exponential and the logarithm need no care for the last digits then.
+// One pass over the logits of each half, summed in double.
 #if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
 #include "cpu/gan_bce.h"
 
@@ -12,74 +12,88 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-using Double = Vec<double>;
-typedef int64_t Long __attribute__((vector_size(vector_bytes)));
-
-FASTGAN_INLINE Double bits(Long v) { return std::bit_cast<Double>(v); }
-FASTGAN_INLINE Long bits(Double v) { return std::bit_cast<Long>(v); }
+// What the elementary functions need to know of a type. Terms leave less than half an ulp.
+template <class T>
+struct Real;
+template <>
+struct Real<double> {
+  using Bits = int64_t;
+  static constexpr int mantissa = 52, bias = 1023, exp_terms = 13, log_terms = 15;
+  static constexpr double largest = 746, ln2_high = 0.6931471803691238, ln2_low = 1.9082149292705877e-10;
+};
+template <>
+struct Real<float> {
+  using Bits = int32_t;
+  static constexpr int mantissa = 23, bias = 127, exp_terms = 7, log_terms = 6;
+  static constexpr float largest = 104, ln2_high = 0.693359375, ln2_low = -2.12194440e-4;  // n * ln2_high is exact
+};
 
 constexpr double factorial(int k) { return k == 0 ? 1 : k * factorial(k - 1); }
 
-// exp(-a) for a >= 0, relative error under 1e-15 (under 1e-10 with fewer terms); 3e-308 where it would be less.
-template <int terms>
-FASTGAN_INLINE Double exp_minus(Double a) {
-  constexpr double log2e = 1.4426950408889634, ln2_high = 0.6931471803691238, ln2_low = 1.9082149292705877e-10;
-  constexpr double rounder = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves the nearest integer in the low bits
-  a = a > splat(708.0) ? splat(708.0) : a;  // NaN stays
-  Double shifted = fma(a, splat(-log2e), splat(rounder)), n = shifted - rounder;
-  Double r = fma(n, splat(-ln2_low), fma(n, splat(-ln2_high), -a));
-  Double sum{};
-  FASTGAN_UNROLL for (int k = terms; k >= 0; k--) sum = fma(sum, r, splat(1 / factorial(k)));
-  return sum * bits(((bits(shifted) - bits(splat(rounder))) + 1023) << 52);
+// exp(-a) for a >= 0; beyond `largest` it is 0.
+template <class T>
+FASTGAN_INLINE Vec<T> exp_minus(Vec<T> a) {
+  using R = Real<T>;
+  typedef typename R::Bits Bits __attribute__((vector_size(vector_bytes)));
+  constexpr T log2e = 1.4426950408889634;
+  Vec<T> largest = splat(R::largest), rounder = splat(T(typename R::Bits(3) << (R::mantissa - 1)));
+  a = a > largest ? largest : a;  // NaN stays
+  // Adding 1.5 * 2^mantissa leaves the nearest integer in the low bits.
+  Vec<T> shifted = fma(a, splat(-log2e), rounder), n = shifted - rounder, sum{};
+  Vec<T> r = fma(n, splat(-R::ln2_low), fma(n, splat(-R::ln2_high), -a));
+  FASTGAN_UNROLL for (int k = R::exp_terms; k >= 0; k--) sum = fma(sum, r, splat(T(1 / factorial(k))));
+  Bits exponent = std::bit_cast<Bits>(shifted) - std::bit_cast<Bits>(rounder), half = exponent / 2;
+  auto power = [](Bits of_two) { return std::bit_cast<Vec<T>>((of_two + R::bias) << R::mantissa); };
+  return sum * power(half) * power(exponent - half);  // in two steps to what is less than the least normal number
 }
 
-// log(1 + e) for e in [0, 1], by 2*atanh(e / (2 + e)); relative error 9^-terms.
-template <int terms>
-FASTGAN_INLINE Double log_one_plus(Double e) {
-  Double s = e / (e + 2.0), square = s * s, sum = splat(1.0 / (2 * terms + 1));
-  FASTGAN_UNROLL for (int k = terms - 1; k >= 0; k--) sum = fma(sum, square, splat(1.0 / (2 * k + 1)));
-  return 2.0 * s * sum;
+// log(1 + e) for e in [0, 1], by 2*atanh(e / (2 + e)).
+template <class T>
+FASTGAN_INLINE Vec<T> log_one_plus(Vec<T> e) {
+  constexpr int terms = Real<T>::log_terms;
+  Vec<T> s = e / (e + splat(T(2))), square = s * s, sum = splat(T(1.0 / (2 * terms + 1)));
+  FASTGAN_UNROLL for (int k = terms - 1; k >= 0; k--) sum = fma(sum, square, splat(T(1.0 / (2 * k + 1))));
+  return (s + s) * sum;
 }
 
-template <class S>
-FASTGAN_INLINE double widened(S x) {
-  return x;
-}
 struct bfloat16 {
   uint16_t bits;
 };
-FASTGAN_INLINE double widened(bfloat16 x) {
-  uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
+template <class T>
+FASTGAN_INLINE Vec<T> widened(const T* p, int64_t n) {
+  return load(p, n);
+}
+FASTGAN_INLINE Vec<float> widened(const bfloat16* p, int64_t n) {
+  uint32_t wide[lanes<float>] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(n, lanes<float>); i++) wide[i] = static_cast<uint32_t>(p[i].bits) << 16;
+  return std::bit_cast<Vec<float>>(wide);
 }
 
-// Adds the losses and the sigmoids of n logits to sums[0] and sums[1].
+// Adds the losses and the sigmoids of n logits to sums[0] and sums[1]: a few of each lane in T, and these in double.
 template <class S, class T>
 void run_task(const S* logits, int64_t n, double target, double share, double* sums, T* gradient) {
-  constexpr bool exact = sizeof(T) == 8;
-  constexpr int64_t piece = 64 * lanes<double>;
-  alignas(vector_bytes) double values[piece], slopes[piece];
-  Double losses{}, means{}, zero{};
-  for (int64_t begin = 0; begin < n; begin += piece) {
-    int64_t count = std::min(piece, n - begin);
-    for (int64_t i = 0; i < count; i++) values[i] = widened(logits[begin + i]);
-    for (int64_t i = 0; i < count; i += lanes<double>) {
-      int64_t some = std::min<int64_t>(lanes<double>, count - i);
-      Double x = load(values + i, some), size = x < zero ? -x : x, e = exp_minus<exact ? 13 : 9>(size);
-      Double small = e / (e + 1.0);  // the sigmoid of -|x|, without cancellation
-      // -log(sigmoid(x)) = max(-x, 0) + log(1 + e), -log(sigmoid(-x)) = max(x, 0) + log(1 + e)
-      Double loss = log_one_plus<exact ? 14 : 9>(e), p = x < zero ? small : 1.0 - small;
-      if (target != 0) loss += target * (x < zero ? size : zero);
-      if (target != 1) loss += (1 - target) * (x > zero ? x : zero);
-      store(slopes + i, x < zero ? small - target : (1 - target) - small);
-      for (int64_t l = some; l < lanes<double>; l++) loss[l] = p[l] = 0;
-      losses += loss, means += p;
+  Vec<T> zero{}, one = splat(T(1)), real = splat(T(target)), fake = splat(T(1 - target)), scale = splat(T(share));
+  Vec<T> losses{}, beliefs{};
+  auto add = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
+    Vec<T> x = widened(logits + i, some), size = x < zero ? -x : x, e = exp_minus<T>(size);
+    Vec<T> small = e / (e + one);  // the sigmoid of -|x|, without cancellation
+    // -log(sigmoid(x)) = max(-x, 0) + log(1 + e), -log(sigmoid(-x)) = max(x, 0) + log(1 + e)
+    Vec<T> loss = log_one_plus<T>(e), belief = x < zero ? small : one - small;
+    if (target != 0) loss = fma(real, x < zero ? size : zero, loss);
+    if (target != 1) loss = fma(fake, x > zero ? x : zero, loss);
+    store(gradient + i, (x < zero ? small - real : fake - small) * scale, some);
+    if (some < lanes<T>) {
+      for (int64_t l = some; l < lanes<T>; l++) loss[l] = belief[l] = 0;
     }
-    for (int64_t i = 0; i < count; i++) gradient[begin + i] = static_cast<T>(slopes[i] * share);
+    losses += loss, beliefs += belief;
+  };
+  for (int64_t i = 0; i < n;) {
+    losses = beliefs = zero;
+    int64_t end = std::min(n, i + 8 * lanes<T>);
+    for (; i + lanes<T> <= end; i += lanes<T>) add(i, lanes<T>);
+    if (i < end) add(i, end - i), i = end;
+    for (int l = 0; l < lanes<T>; l++) sums[0] += losses[l], sums[1] += beliefs[l];
   }
-  for (int l = 0; l < lanes<double>; l++) sums[0] += losses[l], sums[1] += means[l];
 }
 
 // In tasks of fixed size, so that sums are the same for any number of threads.

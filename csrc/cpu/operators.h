@@ -56,11 +56,12 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> 
     std::optional<torch::stable::Tensor> var, double eps, double slope, bool training, bool needs_input, bool needs_affine);
 
 // From (mean, m2) over `count` values to the constants [mu, s, beta, invstd] of the next prologue, running statistics
-// updated; and from a block's two sums to [A, B, C, mu] and (weight gradient, bias gradient). count 0: frozen statistics.
+// updated, for as many sets as momenta; and from a block's two sums to [A, B, C, mu] and, added over all sets, (weight
+// gradient, bias gradient). count 0: frozen statistics.
 torch::stable::Tensor block_constants(torch::stable::Tensor sums, int64_t count, std::optional<torch::stable::Tensor> weight,
                                       std::optional<torch::stable::Tensor> bias, double eps,
                                       std::optional<torch::stable::Tensor> running_mean,
-                                      std::optional<torch::stable::Tensor> running_var, double momentum);
+                                      std::optional<torch::stable::Tensor> running_var, std::vector<double> momenta);
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> block_gradient_constants(torch::stable::Tensor sums,
                                                                                  torch::stable::Tensor constants,
                                                                                  int64_t count);

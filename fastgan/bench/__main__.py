@@ -15,7 +15,7 @@ from fastgan.bench.machine import best_of, peaks
 from fastgan.bench.pairing import MIN_ROUNDS
 from fastgan.bench.profiling import top_operations
 from fastgan.bench.steps import providers
-from fastgan.command import run_command
+from fastgan.command import run_configured
 from fastgan.devices import choose_device
 from fastgan.errors import FastganError
 
@@ -131,9 +131,10 @@ def duration(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    config = tyro.cli(BenchConfig, prog="python -m fastgan.bench", args=list(arguments))
     slower: list[str] = []
-    code = run_command(lambda: slower.extend(bench(config)), debug=config.debug)
+    code = run_configured(
+        BenchConfig, "python -m fastgan.bench", lambda config: slower.extend(bench(config)), arguments
+    )
     for line in slower:
         print(f"slower: {line}", file=sys.stderr)
     return code or (1 if slower else 0)

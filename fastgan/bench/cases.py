@@ -85,6 +85,10 @@ class Layer(NamedTuple):
         images = batch * (self.in_channels * self.input_size**2 + self.out_channels * self.output_size**2)
         return 1e-9 * itemsize * (images + self.in_channels * self.out_channels * self.kernel**2)
 
+    def is_product(self) -> bool:
+        """Whether it is a matrix product: one side is a single pixel."""
+        return min(self.input_size, self.output_size) == 1
+
     def module(self) -> nn.Module:
         """As it stands in the network."""
         make = nn.ConvTranspose2d if self.transposed else nn.Conv2d
@@ -96,6 +100,17 @@ def layers(case: Case) -> tuple[list[Layer], list[Layer]]:
     generator, discriminator = case.networks(torch.device("meta"))
     latents = torch.empty(case.batch_size, case.latent_dim, device="meta")
     return _convolutions("G", generator, latents), _convolutions("D", discriminator, case.images(torch.device("meta")))
+
+
+def measured_layers() -> dict[str, tuple[Case, Layer]]:
+    """The convolutions that are measured by themselves, by the names of their rows, and the case of each."""
+    cases = {f"DCGAN-{size}": dcgan(size, 32, "fp32") for size in (32, 64, 128)}
+    return {
+        f"{name} {layer.name}": (case, layer)
+        for name, case in cases.items()
+        for network in layers(case)
+        for layer in network
+    }
 
 
 def _convolutions(prefix: str, network: nn.Module, input: torch.Tensor) -> list[Layer]:

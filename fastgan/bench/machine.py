@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 
+from fastgan import library
+from fastgan.backends import instruction_set
 from fastgan.bench.cases import PRECISIONS
 from fastgan.bench.pairing import seconds
+from fastgan.errors import BackendError
 from fastgan.versions import device_name, versions
 
 _PLACES = ("--json", "--plot", "--rows", "--compare")
 
 
 def environment(device: torch.device, program: str = "python -m fastgan.bench") -> dict[str, Any]:
-    """Machine, versions, commit, and the command: `program` with this process's arguments."""
+    """Machine, versions, commit, and the command: `program` with this process's arguments, FASTGAN_CPU before it."""
+    forced = os.environ.get("FASTGAN_CPU")
+    program = f"FASTGAN_CPU={forced} {program}" if forced else program
     return {
         "machine": device_name(device),
         "device": device.type,
@@ -27,8 +32,18 @@ def environment(device: torch.device, program: str = "python -m fastgan.bench") 
         "versions": versions(),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "kernels": _kernels() if device.type == "cpu" else None,
         "command": f"{program} {_measuring(sys.argv[1:])}".rstrip(),
     }
+
+
+def _kernels() -> str | None:
+    """The instruction set of the convolutions; None where the CPU library cannot be had."""
+    try:
+        library.load("cpu")
+    except BackendError:
+        return None
+    return instruction_set(convolution=True)
 
 
 def _measuring(arguments: list[str]) -> str:

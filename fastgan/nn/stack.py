@@ -42,7 +42,11 @@ class ConvStack(nn.Sequential):
     batches = 1
 
     def forward(self, input: Tensor) -> Tensor:
-        fused = why_unfused(input) is None
+        why = why_unfused(input)
+        fused = why is None
+        if backends.is_recording() and why is not None and backends.requested(None) is None:
+            backends.enter_layer("")
+            backends.note("ConvStack", input, backends.Decision("eager", f"its blocks run one by one: {why}"))
         if self.batches > 1 and not (fused and _takes_batches(self, input)):
             each = _cut(input, self.batches)
             with as_batches(self, 1):

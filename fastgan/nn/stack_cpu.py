@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgan import library
-from fastgan.backends import count
+from fastgan.backends import count, instruction_set
 from fastgan.errors import BackendError
 from fastgan.nn.blocks import Block
 from fastgan.nn.unit import Norm, Operand, Step, channels_last, convolution_arguments, running_statistics
@@ -27,7 +27,8 @@ def why_not() -> str | None:
         library.load("cpu")
     except BackendError as error:
         return str(error)
-    return "this processor has no AVX2" if torch.ops.fastgan_cpu.instruction_set() == "plain" else None
+    lacks = instruction_set(convolution=True) == "plain"
+    return "the convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks" if lacks else None
 
 
 def why_not_block(block: Block, input: Tensor) -> str | None:
@@ -53,6 +54,11 @@ def forward(
 
 def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> Tensor:
     return _convolve(step, operand, weight, bias)[0]
+
+
+def convolution_by(step: Step, operand: Operand, weight: Any) -> str:
+    own = _halves(step) and _own(step.transposed, operand.value, weight)
+    return f"{instruction_set(convolution=True)} kernels" if own else "the library"
 
 
 def _convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -83,13 +89,10 @@ def _constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None,
     if not norm.by_batch:
         count = y.numel() // y.shape[1]
         frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(y.dtype)
-        return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, 0.0)
+        return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, (0.0,))
     assert sums is not None
-    same = (norm.values, gamma, beta, norm.eps, *running_statistics(norm, y.shape))
-    if len(norm.momenta) == 1:  # `split` and `cat` take longer than the kernel
-        return torch.ops.fastgan_cpu.block_constants(sums, *same, norm.momenta[0])
-    pairs = zip(sums.split(2), norm.momenta, strict=True)
-    return torch.cat([torch.ops.fastgan_cpu.block_constants(own, *same, momentum) for own, momentum in pairs])
+    running = running_statistics(norm, y.shape)
+    return torch.ops.fastgan_cpu.block_constants(sums, norm.values, gamma, beta, norm.eps, *running, norm.momenta)
 
 
 @cache
@@ -157,12 +160,7 @@ def weight_gradient(step: Step, operand: Operand, gradient: Operand, weight: Ten
 def _gradient_constants(norm: Norm, sums: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
     """[A, B, C, mu] of each set from the sums over all processes, and this process's part of the affine gradient, which
     all sets share."""
-    if len(constants) == _ROWS:
-        by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
-    else:
-        pairs = zip(sums.split(2), constants.split(_ROWS), strict=True)
-        each = [torch.ops.fastgan_cpu.block_gradient_constants(*pair, norm.values) for pair in pairs]
-        by, affine = torch.cat([by for by, _ in each]), torch.stack([affine for _, affine in each]).sum(0)
+    by, affine = torch.ops.fastgan_cpu.block_gradient_constants(sums, constants, norm.values)
     if norm.group is not None:
         from fastgan.ops.bn_act_sync import total
 
@@ -191,7 +189,7 @@ _FEW_PIXELS = 64
 def _own(to_large: bool, value: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is taken, or the library."""
     height, width = (n if to_large else n // 2 for n in value.shape[2:])
-    few = len(value) * height * width < _FEW_PIXELS
+    few = value.shape[0] * height * width < _FEW_PIXELS
     return min(height, width) >= 1 and not (few and weight.shape[0] * weight.shape[1] >= _LARGE_WEIGHT)
 
 

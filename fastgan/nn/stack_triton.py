@@ -56,6 +56,10 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
     return _convolution(step, operand, weight, bias, step.transposed, _size(step, operand.value))[0]
 
 
+def convolution_by(step: Step, operand: Operand, weight: Any) -> str:
+    return "Triton kernels"
+
+
 def applied(operand: Operand) -> Tensor:
     if operand.constants is None and operand.slope == 1.0:
         return operand.value

@@ -79,6 +79,9 @@ class Kernels(Protocol):
     def convolve(self, step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> Tensor:
         """The raw output again."""
 
+    def convolution_by(self, step: Step, operand: Operand, weight: Any) -> str:
+        """Whose convolution `forward` runs, for `explain`."""
+
     def applied(self, operand: Operand) -> Tensor:
         """The operand with its activation applied."""
 
@@ -171,7 +174,8 @@ class _Blocks(torch.autograd.Function):
             weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
             backends.enter_layer(step.name)
             steps[index], y, by = kernels.forward(step, operand, weight, bias, gamma, beta)
-            _tell(run, step, y)
+            if backends.is_recording():
+                _tell(run, step, operand, weight, y)
             operand = Operand(y, None, by, step.slope)
             used = _is_activated(operand) or index + 1 < len(steps)  # the last may not be
             raw.append(y if used and not (run.recompute_first and index == 0) else None)
@@ -201,13 +205,16 @@ class _Blocks(torch.autograd.Function):
         inputs += [Operand(y, None, k, s.slope) for y, k, s in zip(raw, constants, steps, strict=True)]
         grads = _gradient(run, inputs, parameters, grad_output, ctx.needs_input_grad[1:])
         wanted = (input, *parameters)
-        return None, *(None if g is None else g.to(w.dtype) for g, w in zip(grads, wanted, strict=True))
+        return None, *(
+            g if g is None or g.dtype == w.dtype else g.to(w.dtype) for g, w in zip(grads, wanted, strict=True)
+        )
 
 
-def _tell(run: _Run, step: Step, y: Tensor) -> None:
+def _tell(run: _Run, step: Step, operand: Operand, weight: Any, y: Tensor) -> None:
     """Let `explain` see who runs a block."""
     operation = "conv_transpose_bn_act" if step.transposed else "conv_bn_act"
-    reason = f"one unit from layer {run.steps[0].name} on"
+    by = run.kernels.convolution_by(step, operand, weight)
+    reason = f"one unit from layer {run.steps[0].name} on, convolution by {by}"
     backends.note(operation, y, backends.Decision(run.kernels.BACKEND, reason))
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgan.backends import PLAIN
 from fastgan.errors import FastganError
 
 LIBRARY = torch.library.Library("fastgan", "DEF")
-direct: Any = SimpleNamespace()  # each operation without PyTorch's dispatcher, for where `is_plain` allows it
+direct: Any = SimpleNamespace()  # each operation without the dispatcher, for plain tensors where nothing `is_heard`
 
 
 def register(
@@ -60,25 +59,14 @@ def register(
 
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
-_PLAIN = PLAIN | {type(None)}
 
 
 def is_heard() -> bool:
-    """Whether a mode, transform or trace listens to what runs."""
-    return _modes() > 0 or _transforms() or _tracing() is not None
-
-
-def is_plain(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether only autograd could listen in PyTorch's dispatcher to an operation on these tensors: no mode, transform
-    or trace, and no tensor that stands for another. Then `direct` is as good as `torch.ops.fastgan`, and saves two
+    """Whether a mode, transform or trace listens to what runs. Where none does and all tensors are plain, only autograd
+    could listen in PyTorch's dispatcher to an operation: then `direct` is as good as `torch.ops.fastgan`, and saves two
     journeys from Python through C++ and back, which cost more than the rest of a call.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or is_heard()
-        or not _PLAIN.issuperset(map(type, (first, *others)))
-        or first.is_meta
-    )
+    return torch.compiler.is_compiling() or _modes() > 0 or _transforms() or _tracing() is not None
 
 
 def gradient_of_gradient(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastgan.backends import Choice, choose, chosen, count, requested, run
-from fastgan.ops._library import direct, gradient_of_gradient, is_heard, is_plain, register
+from fastgan.backends import Choice, choose, chosen, count, is_plain, requested, run
+from fastgan.ops._library import direct, gradient_of_gradient, is_heard, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ def _first_gradient(ctx, dz: Tensor | None, training: bool, constants, backend: 
         return None, None, None
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
     args = (dz, *ctx.saved_tensors, *constants, training, needs_input, needs_weight or needs_bias)
-    if is_plain(*args[:6]):
+    if is_plain(*args[:6]) and not is_heard():
         dy, grad_weight, grad_bias = direct.bn_act_grad(*args, backend)
     else:
         asked = backend.asked if type(backend) is Choice else backend

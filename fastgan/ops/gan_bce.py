@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.backends import choose, chosen, count, define
-from fastgan.ops._library import direct, gradient_of_gradient, is_heard, is_plain, register
+from fastgan.backends import choose, chosen, count, define, is_plain
+from fastgan.ops._library import direct, gradient_of_gradient, is_heard, register
 
 
 def gan_bce(
@@ -151,10 +151,11 @@ def _forward_fake(real, fake, real_target, fake_target, backend):
 def _backward(dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
     """The stored gradients times the losses' cotangents, in the logits' dtype."""
     halves = ((real, grad_real, dstats[0]), (fake, grad_fake, dstats[1]))
-    grads = [g.new_empty(0) if x is None else d * g for x, g, d in halves]
-    return tuple(
-        g if x is None or g.dtype == x.dtype else g.to(x.dtype) for (x, *_), g in zip(halves, grads, strict=True)
-    )
+    return tuple(g.new_empty(0) if x is None else _narrowed(d * g, x) for x, g, d in halves)
+
+
+def _narrowed(gradient: Tensor, logits: Tensor) -> Tensor:
+    return gradient if gradient.dtype == logits.dtype else gradient.to(logits.dtype)
 
 
 def _backward_fake(dstats, grad_real, grad_fake, real, fake, real_target, fake_target):
@@ -205,14 +206,15 @@ class _Losses(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a gradient of this gradient
             zero = grad_real.new_zeros((), dtype=_stat_dtype(_some(real, fake)))
             dstats = torch.stack([zero if d is None else d for d in (dreal, dfake, None, None)])
-            ops = direct if is_plain(dstats, real, fake) else torch.ops.fastgan
+            plain = is_plain(dstats, real, fake) and not is_heard()
+            ops = direct if plain else torch.ops.fastgan
             grads = ops.gan_bce_grad(dstats, grad_real, grad_fake, real, fake, *ctx.targets)
             return None, *(g if x is not None else None for g, x in zip(grads, (real, fake), strict=True)), None, None
         _, needs_real, needs_fake, *_ = ctx.needs_input_grad
         return (
             None,
-            (dreal * grad_real).to(real.dtype) if needs_real and dreal is not None else None,
-            (dfake * grad_fake).to(fake.dtype) if needs_fake and dfake is not None else None,
+            _narrowed(dreal * grad_real, real) if needs_real and dreal is not None else None,
+            _narrowed(dfake * grad_fake, fake) if needs_fake and dfake is not None else None,
             None,
             None,
         )
