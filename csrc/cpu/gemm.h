@@ -89,11 +89,10 @@ FASTGAN_INLINE void with_rows(int64_t count, const F& f) {
 
 // c (+)= A b for `columns` panels, of V registers: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart,
 // rows of c c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A panel of b serves all
-// rows from the first-level cache, and a tile of c stays there from run to run. One copy for all callers: inlined, its
-// tiles were a quarter of what these files take to compile.
+// rows from the first-level cache, and a tile of c stays there from run to run.
 template <class T, int V, class At>
 FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c,
-                                             int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
+                                  int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
   // Equal shares of rows: 32 as 6 + 6 + 5 + 5 + 5 + 5, for a tile of 2 would wait for its own sums.
   constexpr int most = micro_rows<V>;
   int64_t shares = (rows + most - 1) / most, share = rows / std::max<int64_t>(1, shares), larger = rows - share * shares;
@@ -112,10 +111,11 @@ FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t 
   }
 }
 
-// The same of A in panel layout, its panels `a_stride` apart.
+// The same of A in panel layout, its panels `a_stride` apart. One copy for all callers: inlined, its tiles were a quarter of
+// what these files take to compile.
 template <class T>
-__attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c, int64_t c_stride,
-                     int64_t columns, int64_t rows, bool accumulate) {
+__attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, int64_t run,
+                                               T* c, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
   multiply_rows<T, 2>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate);
 }
 
