@@ -21,6 +21,11 @@ SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd
     (2, 128, 130, 2, 4, False),
     (9, 17, 130, 3, 6, True),  # batches large enough for each thread to take images on its own
     (9, 24, 20, 4, 5, False),
+    # Thin: one row, one column, few and many terms, rows longer than a run of sums, each number of registers.
+    (2, 2, 24, 1, 6, False),
+    (2, 4, 40, 7, 1, True),
+    (3, 1, 130, 4, 2, False),
+    (1, 3, 20, 2, 70, True),
 ]
 
 
@@ -190,10 +195,11 @@ def test_statistics_are_those_of_the_stored_output(to_large, offset):
     torch.testing.assert_close(sums[1].double() / (y.numel() // y.shape[1]), var, rtol=2e-5, atol=0)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("channels", [3, 64])
+def test_bits_do_not_depend_on_the_number_of_threads(channels):
     """Nor on whether a thread takes images on its own, as one alone does with 5, or all share each product."""
-    large, small, weight = sides(5, 64, 130, 8, 8, False)
-    constants = activation_constants(64, torch.float32)
+    large, small, weight = sides(5, channels, 130, 8, 8, False)
+    constants = activation_constants(channels, torch.float32)
     results = []
     before = torch.get_num_threads()
     try:

@@ -13,9 +13,10 @@ namespace fastgan::cpu::FASTGAN_ISA {
 
 template <class T>
 constexpr int panel = 2 * lanes<T>;
-// 6 x 2 accumulators, 2 operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32, but 12 independent sums
-// already outlast the latency of two multipliers, and larger tiles take longer to compile.
-constexpr int micro_rows = 6;
+// Rows of a tile of V registers: 12 accumulators, V operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32,
+// but 12 independent sums already outlast the latency of two multipliers, and larger tiles take longer to compile.
+template <int V>
+constexpr int micro_rows = 12 / V;
 // Sums run in registers over this many terms before they are added to memory. Short runs bound the rounding error,
 // which Winograd's transforms amplify; 64 costs about 4 % of the product, 32 twice that.
 constexpr int64_t run_length = 64, short_run_length = 32;
@@ -30,8 +31,14 @@ constexpr int64_t padded(int64_t columns) {
 }
 
 // Where the values a(row, k) of a product's left side stand: at row * `row` + k / `segment` * `jump` + k % `segment` * `k`.
-struct Strides {
-  int64_t row, k, segment, jump;
+// Either rows or columns of A are without gaps.
+struct RowStrides {
+  int64_t row, segment, jump;
+  static constexpr int64_t k = 1;
+};
+struct ColumnStrides {
+  int64_t k, segment, jump;
+  static constexpr int64_t row = 1;
 };
 // In panel layout, panels `jump` apart; transposed, of one panel.
 template <class T>
@@ -44,63 +51,60 @@ struct TransposedStrides {
   static constexpr int64_t row = 1, k = panel<T>, segment = panel<T>, jump = int64_t{panel<T>} * panel<T>;
 };
 
-// One run of one register tile: c[R][panel] (+)= sum over k < depth of a(row, k) * b[k][panel]; rows of b and c are b_k
+// One run of one register tile: c[R][V registers] (+)= sum over k < depth of a(row, k) * b[k][V]; rows of b and c are b_k
 // and c_row apart.
-template <class T, int R, class At>
+template <class T, int R, int V = 2, class At>
 FASTGAN_INLINE void micro_run(const T* a, const At& at, const T* b, int64_t b_k, int64_t depth, T* c, int64_t c_row,
                               bool accumulate) {
-  Vec<T> sum[R][2] = {};
+  Vec<T> sum[R][V] = {};
   for (int64_t outer = 0; outer < depth; outer += at.segment, a += at.jump) {
     int64_t count = std::min<int64_t>(at.segment, depth - outer);
     const T* ak = a;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; k++, ak += at.k, b += b_k) {
-      Vec<T> b0 = load(b), b1 = load(b + lanes<T>);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
+      Vec<T> bk[V];
+      FASTGAN_UNROLL for (int v = 0; v < V; v++) bk[v] = load(b + v * lanes<T>);
+      FASTGAN_UNROLL for (int r = 0; r < R; r++) {
         Vec<T> x = splat(ak[r * at.row]);
-        sum[r][0] = fma(x, b0, sum[r][0]);
-        sum[r][1] = fma(x, b1, sum[r][1]);
+        FASTGAN_UNROLL for (int v = 0; v < V; v++) sum[r][v] = fma(x, bk[v], sum[r][v]);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++, c += c_row) {
-    if (accumulate) sum[r][0] += load(c), sum[r][1] += load(c + lanes<T>);
-    store(c, sum[r][0]), store(c + lanes<T>, sum[r][1]);
+  FASTGAN_UNROLL for (int r = 0; r < R; r++, c += c_row) {
+    if (accumulate) {
+      FASTGAN_UNROLL for (int v = 0; v < V; v++) sum[r][v] += load(c + v * lanes<T>);
+    }
+    FASTGAN_UNROLL for (int v = 0; v < V; v++) store(c + v * lanes<T>, sum[r][v]);
   }
 }
 
-// Calls f with `count` <= micro_rows as a constant.
-template <class F>
+// Calls f with `count` <= most as a constant.
+template <int most, class F>
 FASTGAN_INLINE void with_rows(int64_t count, const F& f) {
-  switch (count) {
-    case 1: return f(std::integral_constant<int, 1>());
-    case 2: return f(std::integral_constant<int, 2>());
-    case 3: return f(std::integral_constant<int, 3>());
-    case 4: return f(std::integral_constant<int, 4>());
-    case 5: return f(std::integral_constant<int, 5>());
-    default: return f(std::integral_constant<int, micro_rows>());
+  if constexpr (most > 1) {
+    if (count < most) return with_rows<most - 1>(count, f);
   }
+  f(std::integral_constant<int, most>());
 }
 
-// c (+)= A b for `columns` panels: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart, rows of c
-// c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A panel of b serves all
+// c (+)= A b for `columns` panels, of V registers: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart,
+// rows of c c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A panel of b serves all
 // rows from the first-level cache, and a tile of c stays there from run to run.
-template <class T, class At>
+template <class T, int V, class At>
 FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c,
                                   int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
   // Equal shares of rows: 32 as 6 + 6 + 5 + 5 + 5 + 5, for a tile of 2 would wait for its own sums.
-  int64_t shares = (rows + micro_rows - 1) / micro_rows, share = rows / std::max<int64_t>(1, shares), larger = rows - share * shares;
+  constexpr int most = micro_rows<V>;
+  int64_t shares = (rows + most - 1) / most, share = rows / std::max<int64_t>(1, shares), larger = rows - share * shares;
   int64_t a_run = run / at.segment * at.jump;
   for (int64_t j = 0; j < columns; j++, b += b_stride, c += c_stride) {
     for (int64_t i = 0, row = 0, count; i < shares; i++, row += count) {
       count = share + (i < larger);
       const T* ak = a + row * at.row;
       T* to = c + row * c_row;
-      with_rows(count, [&](auto R) __attribute__((always_inline)) {
+      with_rows<most>(count, [&](auto R) __attribute__((always_inline)) {
         for (int64_t k = 0; k < depth; k += run, ak += a_run) {
-          micro_run<T, R()>(ak, at, b + k * panel<T>, panel<T>, std::min(run, depth - k), to, c_row, accumulate || k > 0);
+          micro_run<T, R(), V>(ak, at, b + k * V * lanes<T>, V * lanes<T>, std::min(run, depth - k), to, c_row, accumulate || k > 0);
         }
       });
     }
@@ -112,7 +116,7 @@ FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t 
 template <class T>
 __attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, int64_t run,
                                                T* c, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
-  multiply_rows(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate);
+  multiply_rows<T, 2>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate);
 }
 
 // c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each.
@@ -121,7 +125,7 @@ void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool a
   constexpr int left = panel<T> - R0;
   if constexpr (left > 0) {
     // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4.
-    constexpr int R = (left + (left + micro_rows - 1) / micro_rows - 1) / ((left + micro_rows - 1) / micro_rows);
+    constexpr int tiles = (left + micro_rows<2> - 1) / micro_rows<2>, R = (left + tiles - 1) / tiles;
     micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, c + R0 * panel<T>, panel<T>, accumulate);
     multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate);
   }

@@ -1,6 +1,14 @@
 // The large side an image of 1 to 4 channels: the first convolution of a discriminator, the last of a generator and their
-// gradients. The products read the image's rows in place, without im2col. Depth on the large side is (ky, kx, c), so a
-// pixel of the small side meets `reach` consecutive values in each of 4 rows of the padded image.
+// gradients. Depth on the large side is (ky, kx, c), so a pixel of the small side meets `reach` consecutive values in each
+// of 4 rows of the padded image: products to the small side and to the weight read those in place, without im2col.
+//
+// To the large side, the padded image is made in squares of 2x2 pixels: square (y, x) has terms from the pixels y - 1, y and
+// x - 1, x of the small side. A row of that gives [ky][kx % 2][c] to the squares of two rows; along it this is a filter of
+// two taps, so that three squares come of four products (Winograd's F(3, 2)):
+//   points of the small side    d0 - d2, d1 + d2, d2 - d1, d3 - d1        of the pixels d around the three
+//   of the weight               left, (left + right) / 2, (left - right) / 2, right
+//   squares of the products m   m0 + m1 + m2, m1 - m2, m3 + m1 + m2
+// The error is the library's from K = 16 on; of K = 1, four terms an output, it is 1.7 times that.
 #pragma once
 #include "cpu/parallel.h"
 #include "cpu/schemes.h"
@@ -10,13 +18,26 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t thin_channels = 4;
-constexpr int64_t pixels_at_once = 2 * micro_rows;  // that memory must have ready before all are multiplied
+
+// Memory that is read later, asked for share by share while products are computed: all at once, the processor would wait.
+template <class T>
+struct Ahead {
+  const T* from;
+  int64_t share;
+
+  void operator()() {
+    for (int64_t i = 0; i < share; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+    from += share;
+  }
+};
 
 template <class T>
 struct Thin {
+  static constexpr int points = 4, squares = 3;
   Sizes s;
   Direct<T> scheme;
   int64_t reach, depth, columns, panels_of_k, line;  // columns: K in whole panels; line: one row of the padded image
+  int64_t registers, width, groups;  // of [ky][kx % 2][c]: in registers, in values; groups of squares that cover a row
 
   explicit Thin(const Sizes& s)
       : s(s),
@@ -25,7 +46,10 @@ struct Thin {
         depth(4 * reach),
         columns(padded<T>(s.K)),
         panels_of_k(panels<T>(s.K)),
-        line(scheme.large.columns * s.C) {}
+        line(scheme.large.columns * s.C),
+        registers((8 * s.C + lanes<T> - 1) / lanes<T>),
+        width(registers * lanes<T>),
+        groups((s.W + squares) / squares) {}
 
   const T* read_large(const Source<T>& source, int64_t image) const {
     T* copy = scratch<T>(Scratch::image, scheme.large.size());
@@ -33,15 +57,15 @@ struct Thin {
     return copy;
   }
 
-  // Row y of the small side, [W][columns]; the next one is asked for, as rows come once and from memory.
-  const T* read_small_row(const Source<T>& source, int64_t image, int64_t y) const {
-    int64_t at = (image * s.H + y) * s.W * s.K;
-    constexpr int64_t cache_line = 64 / sizeof(T);
-    for (int64_t i = s.W * s.K; i < 2 * s.W * s.K; i += cache_line) __builtin_prefetch(source.a + at + i, 0, 2);
+  int64_t small_row(int64_t image, int64_t y) const { return (image * s.H + y) * s.W * s.K; }
+
+  // Rows y .. y + rows - 1 of the small side, [rows * W][columns].
+  const T* read_small_rows(const Source<T>& source, int64_t image, int64_t y, int64_t rows) const {
+    int64_t at = small_row(image, y);
     if (source.kind == Operand::plain && columns == s.K) return source.a + at;
-    T* row = scratch<T>(Scratch::small, s.W * columns);
-    operand_pixels(of_image(source, image, s.K), s.K, at, s.W, row, columns);
-    return row;
+    T* copy = scratch<T>(Scratch::small, rows * s.W * columns);
+    operand_pixels(of_image(source, image, s.K), s.K, at, rows * s.W, copy, columns);
+    return copy;
   }
 
   void to_small(const Source<T>& source, const Filters<const T>& weight, const Sink<T>& sink) const {
@@ -53,10 +77,10 @@ struct Thin {
       int64_t step = block_rows(s.W);
       for (int64_t y = 0; y < s.H; y += step) {
         int64_t rows = std::min(step, s.H - y);
-        T* out = in_place ? sink.out + (image * s.H + y) * s.W * s.K : scratch<T>(Scratch::small, rows * s.W * columns);
+        T* out = in_place ? sink.out + small_row(image, y) : scratch<T>(Scratch::small, rows * s.W * columns);
         for (int64_t r = 0; r < rows; r++) {
-          multiply_rows(large + 2 * (y + r) * line, Strides{2 * s.C, 1, reach, line}, u, depth * panel<T>, depth, depth,
-                        out + r * s.W * columns, columns, panel<T>, panels_of_k, s.W, false);
+          multiply_rows<T, 2>(large + 2 * (y + r) * line, RowStrides{2 * s.C, reach, line}, u, depth * panel<T>, depth, depth,
+                              out + r * s.W * columns, columns, panel<T>, panels_of_k, s.W, false);
         }
         if (!in_place) write_block(sink, image, s.H, s.W, s.K, y, out, columns, s.W * columns);
       }
@@ -64,85 +88,160 @@ struct Thin {
   }
 
   void to_large(const Source<T>& source, const Filters<const T>& weight, const Sink<T>& sink) const {
-    int64_t width = padded<T>(depth);
-    T* u = scratch<T>(Scratch::weight, columns * width);
-    scheme.weight_to_large(weight, 0, panels<T>(depth), 0, columns, u, 0);
+    T* u = scratch<T>(Scratch::weight, points * s.K * width);
+    weight_to_points(weight, u);
+    // As many rows at once as a tile has, where they are short.
+    int64_t step = std::max<int64_t>(1, micro_rows<1> / groups), row = groups * squares * width;
     parallel(s.N, [&](int64_t image) {
-      T* large = scratch<T>(Scratch::image, scheme.large.size());
-      T* product = scratch<T>(Scratch::sums, s.W * width);
-      std::fill_n(large, scheme.large.size(), T(0));
-      for (int64_t y = 0; y < s.H; y++) {
-        const T* row = read_small_row(source, image, y);
-        for (int64_t x = 0; x < s.W; x += pixels_at_once) {
-          multiply_rows(row + x * columns, Strides{columns, 1, run_length, run_length}, u, columns * panel<T>, columns, run_length,
-                        product + x * width, width, panel<T>, panels<T>(depth), std::min(pixels_at_once, s.W - x), false);
+      T* large = scratch<T>(Scratch::image, scheme.large.size() + lanes<T>);
+      T* v = scratch<T>(Scratch::large, (step * groups * points + 1) * columns);
+      T* zeros = v + step * groups * points * columns;
+      T* product = scratch<T>(Scratch::sums, 2 * step * row + lanes<T>);
+      T *other = product + step * row, *above = other;  // the rows of the step before, of which the last is still needed
+      std::fill_n(zeros, columns, T(0));
+      std::fill_n(above, row, T(0));
+      for (int64_t y = 0; y <= s.H; y += step, std::swap(product, other)) {
+        int64_t rows = std::min(step, s.H - y), last = std::min(step, s.H + 1 - y);
+        if (rows > 0) {
+          small_to_points(read_small_rows(source, image, y, rows), zeros, rows, v);
+          multiply_points(v, u, rows * groups, source.a + small_row(image, y + rows), product);
         }
-        switch (s.C) {
-          case 1: add_row<2>(product, large + 2 * y * line); break;
-          case 2: add_row<4>(product, large + 2 * y * line); break;
-          case 3: add_row<6>(product, large + 2 * y * line); break;
-          default: add_row<8>(product, large + 2 * y * line);
+        if (rows < last) std::fill_n(product + rows * row, row, T(0));  // nothing is below the last squares
+        for (int64_t r = 0; r < last; r++) {
+          T* below = product + r * row;
+          write_squares(above, below, large + 2 * (y + r) * line);
+          above = below;
         }
       }
       write_image(sink, image, s.LH, s.LW, s.C, scheme.large, large);
     });
   }
 
-  // Adds one row of small pixels, [W][4][2 * half] and whole panels of it, to the four rows of the image that they meet:
-  // neighbours share half of their columns, added in one go, for a sum just stored is slow to read again.
-  template <int half>
-  void add_row(const T* product, T* large) const {
-    constexpr int64_t pixel = padded<T>(8 * half);
-    for (int ky = 0; ky < 4; ky++, product += 2 * half, large += line) {
-      const T* from = product;
-      T* to = large;
-      for (int i = 0; i < half; i++) to[i] += from[i];
-      for (int64_t x = 1; x < s.W; x++) {
-        const T* before = from + half;
-        from += pixel, to += half;
-        T sum[half];
-        for (int i = 0; i < half; i++) sum[i] = to[i] + (before[i] + from[i]);
-        std::copy_n(sum, half, to);
+  // To u [points][tiles of registers][K][tile].
+  void weight_to_points(const Filters<const T>& weight, T* u) const {
+    int64_t tile = tile_registers() * lanes<T>, point = s.K * width;
+    std::fill_n(u, points * point, T(0));
+    for (int64_t column = 0; column < 8 * s.C; column++) {
+      int64_t c = column % s.C, tap = column / (2 * s.C) * 4 + column / s.C % 2;
+      T* to = u + column / tile * s.K * tile + column % tile;
+      for (int64_t k = 0; k < s.K; k++, to += tile) {
+        T left = *weight.at(k, c, tap + 2), right = *weight.at(k, c, tap);  // the pixels' that stand left and right
+        to[0] = left, to[point] = (left + right) / 2, to[2 * point] = (left - right) / 2, to[3 * point] = right;
       }
-      for (int i = 0; i < half; i++) to[half + i] += from[half + i];
+    }
+  }
+
+  // To v [points][rows][groups][columns]; pixels beyond the row are `zeros`.
+  void small_to_points(const T* small, const T* zeros, int64_t rows, T* v) const {
+    const int64_t columns = this->columns, point = rows * groups * columns;  // any store could change what `this` points to
+    for (const T* end = small + rows * s.W * columns; small < end; small += s.W * columns) {
+      for (int64_t x = -1; x < s.W; x += squares, v += columns) {
+        const T* d[points];
+        for (int i = 0; i < points; i++) d[i] = x + i >= 0 && x + i < s.W ? small + (x + i) * columns : zeros;
+        for (int64_t k = 0; k < columns; k += lanes<T>) {
+          Vec<T> d0 = load(d[0] + k), d1 = load(d[1] + k), d2 = load(d[2] + k), d3 = load(d[3] + k);
+          store(v + k, d0 - d2), store(v + point + k, d1 + d2), store(v + 2 * point + k, d2 - d1), store(v + 3 * point + k, d3 - d1);
+        }
+      }
+    }
+  }
+
+  // To squares [count][squares][width], while memory brings `next`.
+  void multiply_points(const T* v, const T* u, int64_t count, const T* next, T* to) const {
+    int64_t step = micro_rows<1> / tile_registers();
+    Ahead<T> ahead{next, count * squares * s.K / (points * ((count + step - 1) / step))};
+    auto multiply = [&](int point, int square, bool accumulate) {
+      for (int64_t i = 0; i < count; i += step) {
+        ahead();
+        const T *rows = v + (point * count + i) * columns, *weight = u + point * s.K * width;
+        T* sums = to + (i * squares + square) * width;
+        switch (tile_registers()) {
+          case 1: multiply_tiles<1>(rows, weight, std::min(step, count - i), sums, accumulate); break;
+          case 2: multiply_tiles<2>(rows, weight, std::min(step, count - i), sums, accumulate); break;
+          default: multiply_tiles<3>(rows, weight, std::min(step, count - i), sums, accumulate);
+        }
+      }
+    };
+    multiply(1, 0, false);
+    multiply(2, 1, false);
+    const int64_t width = this->width;
+    for (T* m = to; m < to + count * squares * width; m += squares * width) {
+      for (int64_t i = 0; i < width; i += lanes<T>) {
+        Vec<T> m1 = load(m + i), m2 = load(m + width + i);
+        store(m + i, m1 + m2), store(m + width + i, m1 - m2), store(m + 2 * width + i, m1 + m2);
+      }
+    }
+    multiply(0, 0, true);
+    multiply(3, 2, true);
+  }
+
+  int64_t tile_registers() const { return registers % 2 ? registers : 2; }
+
+  template <int V>
+  void multiply_tiles(const T* v, const T* u, int64_t rows, T* to, bool accumulate) const {
+    constexpr int64_t tile = V * lanes<T>;
+    if constexpr (V == 2 || tile == 8 || tile == 16 || tile == 24) {  // else no number of channels leads here
+      multiply_rows<T, V>(v, RowStrides{columns, run_length, run_length}, u, s.K * tile, s.K, run_length, to, squares * width, tile,
+                          registers / V, rows, accumulate);
+    }
+  }
+
+  // Two rows of the image, of what the rows of the small side above and below them give. What a register writes too far, the
+  // next one overwrites.
+  void write_squares(const T* above, const T* below, T* to) const {
+    const int64_t pair = 2 * s.C, width = this->width;
+    for (int i = 0; i < 2; i++) {
+      const T *upper = above + (2 + i) * pair, *lower = below + i * pair;
+      T* out = to + i * line;
+      for (int64_t left = s.W; left >= 0; left--, upper += width, lower += width, out += pair) {
+        for (int64_t j = 0; j < pair; j += lanes<T>) store(out + j, load(upper + j) + load(lower + j));
+      }
     }
   }
 
   void to_weight(const Source<T>& large_source, const Source<T>& small_source, const Filters<T>& weight) const {
     int64_t size = depth * columns;
+    int64_t across = std::min<int64_t>(s.W, run_length), down = std::max<int64_t>(1, run_length / s.W);  // pixels of one run
     T* sums = scratch<T>(Scratch::partial, s.N * size);  // of each image, then added in their order
     parallel(s.N, [&](int64_t image) {
       const T* large = read_large(large_source, image);
-      for (int64_t y = 0; y < s.H; y++) {
-        const T* small = read_small_row(small_source, image, y);
-        for (int64_t x = 0; x < s.W; x += run_length) {
-          int64_t count = std::min<int64_t>(run_length, s.W - x);
+      for (int64_t y = 0; y < s.H; y += down) {
+        int64_t rows = std::min(down, s.H - y);
+        const T* small = read_small_rows(small_source, image, y, rows);
+        for (int64_t x = 0; x < s.W; x += across) {
+          int64_t count = std::min(across, s.W - x);
+          Ahead<T> ahead{small_source.a + small_row(image, y + rows) + x * s.K, rows * count * s.K / (4 * panels_of_k)};
           for (int64_t j = 0; j < columns; j += panel<T>) {
             for (int ky = 0; ky < 4; ky++) {
+              ahead();
               const T* a = large + (2 * y + ky) * line + 2 * x * s.C;
+              ColumnStrides pixels{2 * s.C, count, 2 * line};
               T* to = sums + image * size + ky * reach * columns + j;
               if (reach % 6 == 0) {
-                add_products<6>(a, small + x * columns + j, count, to, y + x > 0);
+                add_products<6>(a, pixels, small + x * columns + j, rows * count, to, y + x > 0);
               } else {
-                add_products<4>(a, small + x * columns + j, count, to, y + x > 0);
+                add_products<4>(a, pixels, small + x * columns + j, rows * count, to, y + x > 0);
               }
             }
           }
         }
       }
     });
-    for (int64_t image = 1; image < s.N; image++) {
-      for (int64_t i = 0; i < size; i++) sums[i] += sums[image * size + i];
-    }
-    for (int64_t k = 0; k < s.K; k++) {
-      for (int64_t d = 0; d < depth; d++) *weight.at(k, d % s.C, d / s.C) = sums[d * columns + k];
-    }
+    parallel(panels_of_k, [&](int64_t p) {
+      for (int64_t d = 0; d < depth; d++) {
+        T sum[panel<T>] = {};
+        for (int64_t image = 0; image < s.N; image++) {
+          for (int i = 0; i < panel<T>; i++) sum[i] += sums[image * size + d * columns + p * panel<T> + i];
+        }
+        for (int64_t k = p * panel<T>, i = 0; k < s.K && i < panel<T>; k++, i++) *weight.at(k, d % s.C, d / s.C) = sum[i];
+      }
+    });
   }
 
   template <int R>
-  void add_products(const T* a, const T* small, int64_t pixels, T* to, bool accumulate) const {
+  void add_products(const T* a, const ColumnStrides& pixels, const T* small, int64_t count, T* to, bool accumulate) const {
     for (int64_t i = 0; i < reach; i += R) {
-      micro_run<T, R>(a + i, Strides{1, 2 * s.C, pixels, 0}, small, columns, pixels, to + i * columns, columns, accumulate);
+      micro_run<T, R>(a + i, pixels, small, columns, count, to + i * columns, columns, accumulate);
     }
   }
 };
