@@ -9,11 +9,20 @@ from typing import Any
 import fastgan
 from fastgan.errors import FastganError
 
+# Above a clone named fastgan, Python takes the clone's folder for the package, before an editable install's, and a folder
+# `build` in it for our module. Commands therefore import this module before all others.
+if getattr(fastgan, "__file__", None) is None:
+    folder = next(iter(fastgan.__path__))
+    print(
+        f"error: {folder} hides the installed package from Python here; run the command inside that folder",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
 
 def run_command(main: Callable[[], object], *, debug: bool) -> int:
     """Run `main` and return the exit code; with `debug` errors keep their traceback."""
     try:
-        _refuse_namespace()
         main()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -38,13 +47,6 @@ def run_configured(kind: type[Any], program: str, run: Callable[[Any], object], 
 
     config = tyro.cli(kind, prog=program, args=list(arguments))
     return run_command(lambda: run(config), debug=config.debug)
-
-
-def _refuse_namespace() -> None:
-    """Above a clone named fastgan, Python takes the clone's folder for the package, before an editable install's."""
-    if getattr(fastgan, "__file__", None) is None:
-        folder = next(iter(fastgan.__path__))
-        raise FastganError(f"{folder} hides the installed package from Python here; run the command inside that folder")
 
 
 def _explain(error: Exception) -> str:

@@ -4,9 +4,9 @@ import sys
 
 import torch
 
+import fastgan.command
 from fastgan import backends
 from fastgan.build import BuildError, find_cuda, find_cxx
-from fastgan.command import run_command
 from fastgan.versions import cpu_name, versions
 
 
@@ -48,4 +48,4 @@ def _found(find) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: print(info()), debug=False))
+    sys.exit(fastgan.command.run_command(lambda: print(info()), debug=False))

@@ -11,8 +11,8 @@ import torch
 import tyro
 from torch import Tensor
 
+import fastgan.command
 from fastgan import images
-from fastgan.command import run_command
 from fastgan.data import to_uint8
 from fastgan.devices import choose_device
 from fastgan.errors import CheckpointError, FastganError
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str]) -> int:
         options = tyro.cli(Options, prog="python -m fastgan.sample", args=list(arguments))
         print(sample(options))
 
-    return run_command(run, debug="--debug" in arguments)
+    return fastgan.command.run_command(run, debug="--debug" in arguments)
 
 
 if __name__ == "__main__":

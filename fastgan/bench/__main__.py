@@ -10,12 +10,12 @@ from typing import Annotated
 import torch
 import tyro
 
+import fastgan.command
 from fastgan.bench import plot, results
 from fastgan.bench.machine import best_of, peaks
 from fastgan.bench.pairing import MIN_ROUNDS
 from fastgan.bench.profiling import top_operations
 from fastgan.bench.steps import providers
-from fastgan.command import run_configured
 from fastgan.devices import choose_device
 from fastgan.errors import FastganError
 
@@ -132,7 +132,7 @@ def duration(seconds: float) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     slower: list[str] = []
-    code = run_configured(
+    code = fastgan.command.run_configured(
         BenchConfig, "python -m fastgan.bench", lambda config: slower.extend(bench(config)), arguments
     )
     for line in slower:
