@@ -9,8 +9,8 @@ from typing import Any
 import fastgan
 from fastgan.errors import FastganError
 
-# Above a clone named fastgan, Python takes the clone's folder for the package, before an editable install's, and a folder
-# `build` in it for our module. Commands therefore import this module before all others.
+# Above a clone named fastgan, Python takes the clone's folder for the package, before an editable install's, and in it
+# a folder `build` for our module. Commands therefore import this module before all others.
 if getattr(fastgan, "__file__", None) is None:
     folder = next(iter(fastgan.__path__))
     print(
