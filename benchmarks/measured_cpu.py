@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 CHANNELS, SIZES, BATCHES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512), (4, 8, 16, 32, 64), (8, 32, 64)
 LEAST, MOST = 1 << 10, 1 << 18  # values of an image: fewer are no network's, more take long
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-SHORT = 3e-4  # seconds: of less, several calls are timed together
+SHORT = 1e-2  # seconds of one measurement at least: threads meet faster at some times than at others
 LOGITS = (16, 64, 1024, 16384, 65536)
 
 
