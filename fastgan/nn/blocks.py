@@ -58,13 +58,13 @@ def _block(name: str, modules: list[nn.Module]) -> Block | None:
         return None
     conv: Any = modules[0]
     if (
-        not is_plain(conv, nn.Conv2d, nn.ConvTranspose2d)
+        not is_plain_module(conv, nn.Conv2d, nn.ConvTranspose2d)
         or isinstance(conv.padding, str)
         or conv.padding_mode != "zeros"
     ):
         return None
     after: list[Any] = modules[1:]
-    norm: Any = after.pop(0) if after and is_plain(after[0], nn.BatchNorm2d, nn.SyncBatchNorm) else None
+    norm: Any = after.pop(0) if after and is_plain_module(after[0], nn.BatchNorm2d, nn.SyncBatchNorm) else None
     slope, length = 1.0, 1 + (norm is not None)
     if _is_activation(after):
         slope, length = 0.0 if isinstance(after[0], nn.ReLU) else after[0].negative_slope, length + 1
@@ -72,10 +72,10 @@ def _block(name: str, modules: list[nn.Module]) -> Block | None:
 
 
 def _is_activation(rest: list[nn.Module]) -> bool:
-    return bool(rest) and is_plain(rest[0], nn.LeakyReLU, nn.ReLU)
+    return bool(rest) and is_plain_module(rest[0], nn.LeakyReLU, nn.ReLU)
 
 
-def is_plain(module: nn.Module, *types: type) -> bool:
+def is_plain_module(module: nn.Module, *types: type) -> bool:
     """Exactly one of `types` (a parametrised module has a type of its own) and without hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) in types and not hooks
@@ -91,7 +91,7 @@ def why_apart(module: nn.Module) -> str | None:
         return "it is parametrised"
     if type(module) not in _KINDS:
         return f"{type(module).__name__} may have a forward of its own"
-    if not is_plain(module, *_KINDS):
+    if not is_plain_module(module, *_KINDS):
         return "it has hooks"
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         return "its padding is not a number of zeros"

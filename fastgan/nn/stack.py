@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.nn.blocks import Block, is_plain, parts, run_block, run_norm, why_apart
+from fastgan.nn.blocks import Block, is_plain_module, parts, run_block, run_norm, why_apart
 from fastgan.nn.unit import run_blocks
 
 
@@ -100,7 +100,7 @@ def _run_apart(name: str, module: nn.Module, input: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and (reason := why_apart(module)) is not None:
         backends.enter_layer(name)
         backends.note(type(module).__name__, input, backends.Decision("eager", f"runs as it is: {reason}"))
-    if isinstance(module, nn.SyncBatchNorm) and is_plain(module, nn.SyncBatchNorm):
+    if isinstance(module, nn.SyncBatchNorm) and is_plain_module(module, nn.SyncBatchNorm):
         return run_norm(module, input)
     return module(input)
 
