@@ -88,6 +88,18 @@ def test_other_modules_are_not_touched():
     assert fused(ConvStack(*odd), x) == 0
 
 
+def test_one_image_without_a_batch_dimension_is_refused_and_not_counted():
+    stack = ConvStack(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    with pytest.raises(ValueError, match="expected 4D input"):
+        nn.Sequential(*stack)(torch.randn(3, 8, 8))
+    with pytest.raises(ValueError, match=r"ConvStack, layer 0: input must be \[N, C, H, W\]"):
+        stack(torch.randn(3, 8, 8))
+    assert not stack[1].running_mean.any()
+    assert stack[1].num_batches_tracked == 0
+    one, image = ConvStack(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2)), torch.randn(3, 8, 8)
+    assert torch.equal(one(image), nn.Sequential(*one)(image))
+
+
 def test_compile_whole():
     net, x = ConvStack(*layers()), torch.randn(2, 3, 12, 12)
     expected = net(x)

@@ -315,6 +315,7 @@ def test_only_the_input_and_per_channel_numbers_are_kept(backend, layout):
         ({"running_var": None}, "go together, got one of them"),
         ({"bias": torch.ones(3, dtype=torch.float64)}, "bias must be torch.float32 .*got torch.float64"),
         ({"input": torch.ones(3)}, r"input must be a floating \[N, C, ...\], got \[3\]"),
+        ({"input": torch.ones(3), "running_mean": None, "running_var": None}, r"floating \[N, C, ...\], got \[3\]"),
         ({"input": torch.ones(2, 3, dtype=torch.int64)}, "input must be a floating"),
         ({"running_mean": None, "running_var": None, "training": False}, "required when training=False"),
         ({"eps": 0.0}, "eps must be positive in training, got 0.0"),

@@ -130,6 +130,23 @@ def test_batch_norm_tensors_without_batch_norm_are_an_error():
         conv_bn_act(x, weight, None, None, gamma, training=True, batch_norm=False)
 
 
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_image_without_a_batch_dimension(name, backend):
+    """Convolutions take it; BatchNorm would take the rows of their output, here as many, for its channels."""
+    operation, convolution = OPERATIONS[name]
+    x, weight, _, gamma, beta = tensors(name)
+    image = x.detach()[0, :, :4, :4]
+    how = {"padding": 1, "backend": backend}
+    state = [torch.zeros(4, dtype=x.dtype, device=DEVICE), torch.ones(4, dtype=x.dtype, device=DEVICE)]
+    for training in (True, False):
+        with pytest.raises(ValueError, match=rf"{name}: input must be \[N, C, H, W\] .*, got \[2, 4, 4\]"):
+            operation(image, weight, *state, gamma, beta, training=training, **how)
+    assert not state[0].any()
+    got = operation(image, weight, training=True, batch_norm=False, **how)
+    torch.testing.assert_close(got, F.leaky_relu(convolution(image, weight, padding=1), 0.2))
+
+
 def test_the_two_signatures_differ_only_where_the_convolutions_do():
     """They are written out twice for `help()`; this holds them together."""
     down, up = (dict(inspect.signature(operation).parameters) for operation in (conv_bn_act, conv_transpose_bn_act))

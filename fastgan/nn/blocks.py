@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastgan import backends
 from fastgan.ops import bn_act, conv_bn_act, conv_transpose_bn_act
+from fastgan.ops.bn_act import check_images
 
 _KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LeakyReLU, nn.ReLU)
 
@@ -119,6 +120,7 @@ def run_block(block: Block, input: Tensor) -> Tensor:
     if block.norm is None:
         arguments |= {"batch_norm": False, "training": False}
     else:
+        check_images(f"ConvStack, layer {block.name}", input)  # before the batch is counted
         arguments |= batch_norm_arguments(block.norm)
     if isinstance(conv, nn.ConvTranspose2d):
         return conv_transpose_bn_act(input, conv.weight, output_padding=conv.output_padding, **arguments)

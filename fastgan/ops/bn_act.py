@@ -84,7 +84,7 @@ def bn_act(
                 input = dense(input)
             how = (choice, eps, negative_slope, training, running_mean, running_var, momentum)
             return _Whole.apply(how, input, weight, bias)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, IndexError):  # the last for an input without channels
         _check(input, running_mean, running_var, weight, bias, training, eps)
         raise
     _check(input, running_mean, running_var, weight, bias, training, eps)
@@ -124,6 +124,12 @@ def act(input: Tensor, negative_slope: float, backend: str | None, *statistics_a
     if choice.plain and not is_heard():
         return direct.bn_act_eval(dense(input), *constants, choice)
     return torch.ops.fastgan.bn_act_eval(dense(input), *constants, choice.asked)
+
+
+def check_images(operation: str, input: Tensor) -> None:
+    """A convolution takes `[C, H, W]` too, of whose output BatchNorm would take the rows for channels."""
+    if input.dim() != 4:
+        raise ValueError(f"{operation}: input must be [N, C, H, W] where BatchNorm follows, got {list(input.shape)}")
 
 
 def _check(input, running_mean, running_var, weight, bias, training, eps, alone=True) -> None:

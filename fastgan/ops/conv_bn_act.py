@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.ops.bn_act import act, bn_act
+from fastgan.ops.bn_act import act, bn_act, check_images
 from fastgan.ops.conv_bn_act_cuda import convolution
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def conv_bn_act(
     """`leaky_relu(batch_norm(conv2d(input, weight, bias, ...), ...), negative_slope)`.
 
     Args:
-        input: `[N, C, H, W]`.
+        input: `[N, C, H, W]`; without BatchNorm also `[C, H, W]`, as in `torch.nn.functional.conv2d`.
         weight: `[K, C / groups, R, S]`, as in `torch.nn.functional.conv2d`, as are stride to groups.
         running_mean, running_var, bn_weight, bn_bias: `[K]`, as in `bn_act`; all None without BatchNorm.
         bias: `[K]`, of the convolution.
@@ -56,8 +56,11 @@ def conv_bn_act(
         O(K).
 
     Raises:
-        ValueError, BackendError: as in `bn_act`; BatchNorm tensors given with `batch_norm=False`.
+        ValueError, BackendError: as in `bn_act`; BatchNorm of another input than `[N, C, H, W]`, or its tensors given
+            with `batch_norm=False`.
     """
+    if batch_norm:
+        check_images("conv_bn_act", input)
     if backend == "cuda":
         y = convolution(input, weight, bias, stride, padding, dilation, groups)
     else:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.ops.bn_act import act, bn_act
+from fastgan.ops.bn_act import act, bn_act, check_images
 from fastgan.ops.conv_bn_act_cuda import convolution
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def conv_transpose_bn_act(
         weight: `[C, K / groups, R, S]`, as in `torch.nn.functional.conv_transpose2d`.
         output_padding: added to one side of the output's size; less than the stride or the dilation.
     """
+    if batch_norm:
+        check_images("conv_transpose_bn_act", input)
     if backend == "cuda":
         y = convolution(input, weight, bias, stride, padding, dilation, groups, True, output_padding)
     else:
