@@ -14,6 +14,7 @@ from fastgan.bench.memory import kept_bytes
 from fastgan.explanation import explain
 from fastgan.nn import Discriminator, Generator
 from fastgan.nn.blocks import Block, parts
+from fastgan.nn.fusion import fuse
 from fastgan.nn.stack import ConvStack, as_batches, why_unfused
 
 
@@ -45,15 +46,20 @@ def small_networks() -> dict[str, nn.Module]:
         nn.ConvTranspose2d(4, 6, 4, 2, 1, output_padding=1), nn.BatchNorm2d(6),
         nn.Conv2d(6, 2, 1),
     ]  # fmt: skip
-    return {"down": nn.Sequential(*modules(3, 16, 33)), "up": nn.Sequential(*up), "mixed": nn.Sequential(*mixed)}
+    projected = [
+        nn.Linear(6, 17 * 16), nn.Unflatten(1, (17, 4, 4)), nn.BatchNorm2d(17), nn.ReLU(True), *copy.deepcopy(up[3:]),
+    ]  # fmt: skip
+    nested = [ConvStack(*modules(3, 16)), *modules(16, 33)]
+    made = {"down": modules(3, 16, 33), "up": up, "mixed": mixed, "projected": projected, "nested": nested}
+    return {name: nn.Sequential(*layers) for name, layers in made.items()}
 
 
 def network_input(name: str, dtype=torch.float64) -> Tensor:
     torch.manual_seed(2)
-    return torch.randn((3, 6, 1, 1) if name == "up" else (3, 3, 12, 16), dtype=dtype)
+    return torch.randn({"up": (3, 6, 1, 1), "projected": (3, 6)}.get(name, (3, 3, 12, 16)), dtype=dtype)
 
 
-def outcome(network: nn.Module, input: Tensor, backend: str, penalty: bool = False) -> list[Tensor]:
+def outcome(network: nn.Module, input: Tensor, backend: str | None, penalty: bool = False) -> list[Tensor]:
     """Output, gradients of input and parameters, and buffers, after one forward and backward."""
     network, input = copy.deepcopy(network), input.clone().requires_grad_()
     with use_backend(backend):
@@ -69,7 +75,7 @@ def outcome(network: nn.Module, input: Tensor, backend: str, penalty: bool = Fal
 @pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["down", "up", "mixed"])
+@pytest.mark.parametrize("name", ["down", "up", "mixed", "projected"])
 def test_stack_is_the_sequence_in_fp64(name, training, penalty, dtype):
     plain = small_networks()[name].to(dtype).train(training)
     input = network_input(name, dtype)
@@ -264,8 +270,32 @@ def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
 
 def test_explain_tells_why_a_stack_is_not_one_unit():
     stack, *blocks = explain(Discriminator(16, 3, 8).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64))
-    assert (stack.name, stack.operation, len(blocks)) == ("main", "ConvStack", 2)
+    assert (stack.name, stack.operation, len(blocks)) == ("main.0", "ConvStack", 2)
     assert stack.decision.reason.startswith("its blocks run one by one: float64 takes the kernels only where")
+
+
+def projecting_generator() -> nn.Module:
+    """As many generators begin: a linear layer makes the first image."""
+    torch.manual_seed(8)
+    layers: list[nn.Module] = [nn.Linear(20, 64 * 16), nn.Unflatten(1, (64, 4, 4)), nn.BatchNorm2d(64), nn.ReLU(True)]
+    for before, width in ((64, 32), (32, 16)):
+        layers += [nn.ConvTranspose2d(before, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)]
+    return fuse(nn.Sequential(*layers, nn.ConvTranspose2d(16, 3, 4, 2, 1, bias=False), nn.Tanh()))
+
+
+def test_a_run_is_one_unit_by_the_tensor_that_reaches_it():
+    generator, latents = projecting_generator(), torch.randn(8, 20)
+    truth = outcome(copy.deepcopy(generator).double(), latents.double(), "eager")
+    own = outcome(generator, latents, "eager")
+    reset_counts()
+    got = outcome(generator, latents, None)
+    assert counts()["cpu", "convolve"] > 0
+    for index, triple in enumerate(zip(got, own, truth, strict=True)):
+        if triple[0].is_floating_point():
+            assert_as_right_as_torch(*triple, f"tensor {index}", factor=4.0)
+    *_, first, second, third = explain(generator, latents)
+    assert [first.name, second.name, third.name] == ["4", "7", "10"]
+    assert all("one unit from layer 4 on" in one.decision.reason for one in (first, second, third))
 
 
 def test_explain_names_each_block():
@@ -313,9 +343,30 @@ class AsBatches(TwoPasses):
             return self.network(input)
 
 
+class Around(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.network(input) + 1
+
+
+@pytest.mark.parametrize("name", ["they work in place", "they hold a stack"])
+def test_two_batches_through_modules_in_no_block(name):
+    if name == "they work in place":
+        network = Discriminator(16, 3, 8, spectral_norm=True).eval()
+    else:
+        network = ConvStack(Around(ConvStack(*modules(3, 8))), *modules(8, 8))
+    input = torch.randn(8, 3, 16, 16, dtype=torch.float64)
+    got, expected = (outcome(made(network.double()), input, "cpu") for made in (AsBatches, TwoPasses))
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["down", "up", "mixed"])
+@pytest.mark.parametrize("name", ["down", "up", "mixed", "projected", "nested"])
 def test_two_batches_at_once_are_two_passes(name, training, penalty):
     stack = ConvStack(*small_networks()[name]).double().train(training)
     torch.manual_seed(7)

@@ -42,24 +42,13 @@ class ConvStack(nn.Sequential):
     batches = 1
 
     def forward(self, input: Tensor) -> Tensor:
-        why = why_unfused(input)
-        fused = why is None
-        if backends.is_recording() and why is not None and backends.requested(None) is None:
-            backends.enter_layer("")
-            backends.note("ConvStack", input, backends.Decision("eager", f"its blocks run one by one: {why}"))
-        if self.batches > 1 and not (fused and _takes_batches(self, input)):
-            each = _cut(input, self.batches)
-            with as_batches(self, 1):
-                return torch.cat([self.forward(batch) for batch in each])
+        if self.batches > 1 and len(input) % self.batches:
+            raise ValueError(f"ConvStack: {self.batches} batches of one size expected, got {len(input)} images")
         for index, (name, part) in enumerate(parts(self)):
-            if isinstance(part, list) and fused:
-                input = _run_as_units(part, input, self.recompute_first and index == 0, self.batches)
-            elif isinstance(part, list):
-                input = _run_by_operations(part, input)
-            elif self.batches == 1:
-                input = _run_apart(name, part, input)
+            if isinstance(part, list):
+                input = _run_in_turn(part, input, self.recompute_first and index == 0, self.batches)
             else:
-                input = torch.cat([_run_apart(name, part, batch) for batch in _cut(input, self.batches)])
+                input = _run_apart(name, part, input, self.batches)
         return input
 
 
@@ -82,27 +71,42 @@ def as_batches(module: nn.Module, count: int) -> Iterator[None]:
             stack.batches = batches
 
 
-def _takes_batches(stack: ConvStack, input: Tensor) -> bool:
+def _takes_batches(blocks: list[Block], input: Tensor) -> bool:
     """Whether one convolution may take several batches: the kernels know it, and no process waits for another."""
-    return _backend_of(input) == "cpu" and not any(isinstance(m, nn.SyncBatchNorm) for m in stack.modules())
+    return _backend_of(input) == "cpu" and not any(isinstance(block.norm, nn.SyncBatchNorm) for block in blocks)
 
 
 def _cut(input: Tensor, batches: int) -> list[Tensor]:
     """The batches in `input`, as views of their own: modules that work in place refuse those of `chunk`."""
-    if len(input) % batches:
-        raise ValueError(f"ConvStack: {batches} batches of one size expected, got {len(input)} images")
     size = len(input) // batches
     return [input[first : first + size] for first in range(0, len(input), size)]
 
 
-def _run_apart(name: str, module: nn.Module, input: Tensor) -> Tensor:
-    """A module that is in no block, as it is."""
+def _run_apart(name: str, module: nn.Module, input: Tensor, batches: int) -> Tensor:
+    """A module that is in no block, as it is, on one batch after the other; a stack takes them apart itself."""
+    if batches > 1 and not isinstance(module, ConvStack):
+        with as_batches(module, 1):
+            # Copies: where it works in place, views would count as changed with each other.
+            return torch.cat([_run_apart(name, module, batch.clone(), 1) for batch in _cut(input, batches)])
     if not torch.compiler.is_compiling() and (reason := why_apart(module)) is not None:
         backends.enter_layer(name)
         backends.note(type(module).__name__, input, backends.Decision("eager", f"runs as it is: {reason}"))
     if isinstance(module, nn.SyncBatchNorm) and is_plain_module(module, nn.SyncBatchNorm):
         return run_norm(module, input)
     return module(input)
+
+
+def _run_in_turn(blocks: list[Block], input: Tensor, recompute_first: bool, batches: int) -> Tensor:
+    """Blocks that follow each other, as units or by operations, whichever the tensor that reaches them allows."""
+    why = why_unfused(input)
+    if batches > 1 and not (why is None and _takes_batches(blocks, input)):
+        return torch.cat([_run_in_turn(blocks, batch, recompute_first, 1) for batch in _cut(input, batches)])
+    if why is None:
+        return _run_as_units(blocks, input, recompute_first, batches)
+    if backends.is_recording() and backends.requested(None) is None:
+        backends.enter_layer(blocks[0].name)
+        backends.note("ConvStack", input, backends.Decision("eager", f"its blocks run one by one: {why}"))
+    return _run_by_operations(blocks, input)
 
 
 def _run_by_operations(blocks: list[Block], input: Tensor, why: str | None = None) -> Tensor:
