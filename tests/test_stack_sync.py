@@ -12,6 +12,7 @@ from triton_device import MARKS
 from fastgan import library
 from fastgan.backends import counts, reset_counts, use_backend
 from fastgan.nn import ConvStack
+from fastgan.nn.stack import as_batches
 
 SIZES = (2, 4)
 # Winograd rounds each transformed weight once for all pixels, which a mean over pixels cannot average away: running
@@ -114,6 +115,22 @@ def test_two_processes_are_one(pair, dtype, penalty, draws, backend):
             assert_as_right_as_torch(got, own[index], truth[index], f"tensor {index}", factor)
         else:
             assert torch.equal(got, truth[index])
+
+
+def two_batches(at_once: bool) -> list[Tensor]:
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvStack(*network()).double())
+    images, _ = own_images(torch.float64)
+    with use_backend("cpu"), as_batches(net, 2 if at_once else 1):
+        output = net(images) if at_once else torch.cat([net(batch) for batch in images.chunk(2)])
+    output.square().sum().backward()
+    return [output.detach(), *net.buffers(), *(p.grad for p in net.parameters())]
+
+
+def test_two_batches_at_once_are_two_passes(pair):
+    """Statistics over processes are of one batch at a time."""
+    for got, expected in zip(pair(two_batches, True), pair(two_batches, False), strict=True):
+        for one, two in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
 def evaluated() -> Tensor:

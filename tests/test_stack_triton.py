@@ -7,7 +7,7 @@ from collections import Counter
 import fastgan.kernels.conv_bn_act as kernels
 import pytest
 import torch
-from test_conv_stack import modules, network_input, outcome, small_networks
+from test_conv_stack import AsBatches, TwoPasses, modules, network_input, outcome, small_networks
 from tolerance import assert_as_right_as_torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -125,6 +125,14 @@ def test_autocast_keeps_parameters_and_their_gradients_in_fp32():
         scale = own.float().abs().max()
         assert (got.float() - own.float()).abs().max() < 0.05 * scale
     assert outputs["triton"][0].dtype == torch.bfloat16
+
+
+def test_two_batches_at_once_are_two_passes():
+    stack = ConvStack(*modules(3, 4, 5)).double().to(DEVICE)
+    input = torch.randn(4, 3, 8, 8, dtype=torch.float64, device=DEVICE)
+    got, expected = (outcome(made(stack), input, "triton") for made in (AsBatches, TwoPasses))
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
 def test_groups_break_the_unit_and_explain_says_so():
