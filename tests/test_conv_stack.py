@@ -9,7 +9,7 @@ from tolerance import assert_as_right_as_torch
 from torch import Tensor, nn
 
 from fastgan import library
-from fastgan.backends import counts, reset_counts, use_backend
+from fastgan.backends import Decision, counts, reset_counts, use_backend
 from fastgan.bench.memory import kept_bytes
 from fastgan.explanation import explain
 from fastgan.nn import Discriminator, Generator
@@ -268,10 +268,26 @@ def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
         assert "the library computes in bfloat16" in why_unfused(torch.randn(2, 3, 8, 8))
 
 
-def test_explain_tells_why_a_stack_is_not_one_unit():
-    stack, *blocks = explain(Discriminator(16, 3, 8).double(), torch.randn(2, 3, 16, 16, dtype=torch.float64))
-    assert (stack.name, stack.operation, len(blocks)) == ("main.0", "ConvStack", 2)
-    assert stack.decision.reason.startswith("its blocks run one by one: float64 takes the kernels only where")
+@pytest.mark.parametrize(
+    ("dtype", "backend", "reason"),
+    [
+        (torch.float64, None, "float64 takes the kernels only where backend 'cpu' is asked for"),
+        (torch.bfloat16, "cpu", "the kernels compute in float32"),
+        (torch.bfloat16, "eager", None),
+    ],
+)
+def test_explain_tells_why_blocks_are_in_no_unit(dtype, backend, reason):
+    """Of convolutions and what follows them apart: an activation may take a kernel where a convolution does not."""
+    layers = explain(Discriminator(16, 3, 8).to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype), backend)
+    by = {}
+    for layer in layers:
+        by.setdefault(layer.operation, []).append((layer.name, layer.decision))
+    assert [(name, decision.backend) for name, decision in by.pop("bn_act")] == [
+        (name, backend or "eager") for name in ("main.0", "main.2")
+    ]
+    named = ["main.0", "main.2", "main.5"] if reason else []
+    assert by.pop("convolution", []) == [(name, Decision("eager", f"the library's: {reason}")) for name in named]
+    assert not by
 
 
 def projecting_generator() -> nn.Module:

@@ -103,16 +103,13 @@ def _run_in_turn(blocks: list[Block], input: Tensor, recompute_first: bool, batc
         return torch.cat([_run_in_turn(blocks, batch, recompute_first, 1) for batch in _cut(input, batches)])
     if why is None:
         return _run_as_units(blocks, input, recompute_first, batches)
-    if backends.is_recording() and backends.requested(None) is None:
-        backends.enter_layer(blocks[0].name)
-        backends.note("ConvStack", input, backends.Decision("eager", f"its blocks run one by one: {why}"))
-    return _run_by_operations(blocks, input)
+    return _run_by_operations(blocks, input, why)
 
 
-def _run_by_operations(blocks: list[Block], input: Tensor, why: str | None = None) -> Tensor:
-    """`why`: the reason, for `explain`, why they are in no unit where others are."""
+def _run_by_operations(blocks: list[Block], input: Tensor, why: str) -> Tensor:
+    """`why`: the reason, for `explain`, why they are in no unit."""
     for block in blocks:
-        if why is not None:
+        if backends.is_recording() and backends.requested(None) != "eager":
             backends.enter_layer(block.name)
             backends.note("convolution", input, backends.Decision("eager", f"the library's: {why}"))
         input = run_block(block, input)
@@ -152,7 +149,7 @@ def why_unfused(input: Tensor) -> str | None:
         return "compiled code takes the modules as they are"
     backend = _backend_of(input)
     if input.is_cuda and backends.requested(None) is None:
-        return "on CUDA the library's convolutions run: the fused ones are not measured there; ask for backend 'triton'"
+        return "on CUDA the fused ones are not measured; ask for backend 'triton'"
     if backend not in ("cpu", "triton"):
         return f"backend {backend!r} has no fused stack"
     if torch._C._are_functorch_transforms_active():
