@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgan import backends
 from fastgan.backends import Decision
 from fastgan.errors import BackendError
+from fastgan.nn.blocks import KINDS
 
 
 class Layer(NamedTuple):
@@ -60,15 +61,21 @@ def explain(module_or_operation: torch.nn.Module | str, input: Tensor, backend: 
         return layers
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda *_: names.append(name)
+        def begin(*_: Any) -> None:
+            names.append(name)
+            backends.enter_layer("")
+
+        return begin
 
     def leave(*_: Any) -> None:
         names.pop()
+        backends.enter_layer("")
 
     module = _copied(module_or_operation)
     backends.enter_layer("")
     for name, child in module.named_modules():
-        if any(child.children()):  # a hook on a leaf would unfuse its block; run_block names those itself
+        # A hook would take the modules of a block out of it, which names itself; a ScriptModule refuses them.
+        if type(child) not in KINDS and not isinstance(child, torch.jit.ScriptModule):
             child.register_forward_pre_hook(enter(name))
             child.register_forward_hook(leave)
     backends.record(note)

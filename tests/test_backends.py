@@ -8,12 +8,13 @@ import sys
 import fastgan.kernels.bn_act as kernels
 import pytest
 import torch
+from torch import nn
 from triton_device import DEVICE, MARKS
 
 import fastgan
 from fastgan import backends, library
 from fastgan.errors import BackendError
-from fastgan.nn import Discriminator, Generator
+from fastgan.nn import ConvStack, Discriminator, Generator
 from fastgan.ops import bn_act
 
 pytestmark = MARKS
@@ -246,6 +247,25 @@ def test_explain_names_each_layer_and_leaves_the_module_alone():
     images = torch.randn(3, 1, 16, 16, device=DEVICE)
     names = [layer.name for layer in fastgan.explain(discriminator, images, backend="eager")]
     assert names == ["main.0", "main.2"]
+
+
+def test_explain_names_an_operation_after_the_module_that_calls_it():
+    class Normalised(nn.Module):
+        def forward(self, x):
+            return bn_act(x, None, None, training=True)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main = ConvStack(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Normalised(), nn.Conv2d(4, 4, 1))
+            self.leaf = Normalised()
+
+        def forward(self, x):
+            x = bn_act(self.main(x), None, None, training=True)
+            return self.leaf(x)
+
+    layers = fastgan.explain(Net().to(DEVICE), X, backend="eager")
+    assert [layer.name for layer in layers] == ["main.0", "main.3", "", "leaf"]
 
 
 def test_explain_knows_the_operations():

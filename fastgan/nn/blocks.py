@@ -13,7 +13,7 @@ from fastgan import backends
 from fastgan.ops import bn_act, conv_bn_act, conv_transpose_bn_act
 from fastgan.ops.bn_act import check_images
 
-_KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LeakyReLU, nn.ReLU)
+KINDS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.LeakyReLU, nn.ReLU)
 
 
 class Block(NamedTuple):
@@ -84,15 +84,15 @@ def is_plain_module(module: nn.Module, *types: type) -> bool:
 
 def why_apart(module: nn.Module) -> str | None:
     """Why a module of a kind that blocks are made of is in none; None: it is of no such kind."""
-    if not isinstance(module, _KINDS):
+    if not isinstance(module, KINDS):
         return None
     if _has_any_global_hook():
         return "there is a hook on all modules"
     if is_parametrized(module):
         return "it is parametrised"
-    if type(module) not in _KINDS:
+    if type(module) not in KINDS:
         return f"{type(module).__name__} may have a forward of its own"
-    if not is_plain_module(module, *_KINDS):
+    if not is_plain_module(module, *KINDS):
         return "it has hooks"
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         return "its padding is not a number of zeros"
