@@ -412,8 +412,9 @@ def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int
     smallest, candidate, ratio = _measured().get(key, (0, "eager", 1.0))
     if candidate == "eager":
         return Decision("eager", "no kernel is measured faster than eager for this shape on CPU")
+    least = f"{smallest} elements" if operation in _by_elements else f"batch {smallest}"
     if shape[0] < smallest:
-        return Decision("eager", f"'{candidate}' is measured faster only from batch {smallest} on")
+        return Decision("eager", f"'{candidate}' is measured faster only from {least} on")
     reason = why_not(candidate, operation, "cpu", dtype)
     if reason is None and candidate == "cpu" and instruction_set(convolution=False) == "plain":
         reason = "its kernels were measured with AVX2, which this build or FASTGAN_CPU takes away"

@@ -65,12 +65,13 @@ def test_the_committed_table_decides_on_cpu(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
+@pytest.mark.parametrize("operation", ["gan_bce", "adam_ema"])
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (2, 1, 3, 1)])
-def test_what_depends_on_the_number_of_elements_is_looked_up_by_it(monkeypatch, shape):
-    measured(monkeypatch, backend="cpu", operation="gan_bce", shape=(), smallest=6)
-    logits = torch.randn(shape)
-    assert backends.choose("gan_bce", logits).decision.backend == "cpu"
-    assert backends.choose("gan_bce", logits[:1].flatten()[:5]).decision.backend == "eager"
+def test_what_depends_on_the_number_of_elements_is_looked_up_by_it(monkeypatch, operation, shape):
+    measured(monkeypatch, backend="cpu", operation=operation, shape=(), smallest=6)
+    enough, few = (fastgan.explain(operation, x)[0] for x in (torch.randn(shape), torch.randn(5)))
+    assert enough.decision.backend == "cpu"
+    assert few.decision == ("eager", "'cpu' is measured faster only from 6 elements on")
 
 
 def test_rows_of_the_committed_table_are_well_formed():

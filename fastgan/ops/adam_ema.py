@@ -107,7 +107,7 @@ def _definition(
             torch._foreach_lerp_([ema_params[i] for i in of_one], group, 1 - ema_decay)
 
 
-define("adam_ema", {"adam_ema": _definition})
+define("adam_ema", {"adam_ema": _definition}, by_elements=True)
 
 
 # What the kernels take; anything else is the definition's.
