@@ -13,6 +13,13 @@ from fastgan.backends import Decision
 from fastgan.errors import BackendError
 from fastgan.nn.blocks import KINDS
 
+# Operations that decide nothing themselves: which one does, and for which tensor.
+_DECIDED_BY = {
+    "conv_bn_act": ("bn_act", "the convolution's output"),
+    "conv_transpose_bn_act": ("bn_act", "the convolution's output"),
+    "gan_bce_generator": ("gan_bce", "the logits"),
+}
+
 
 class Layer(NamedTuple):
     """One fused operation that a module ran: the module's name, the input it met, and who ran it."""
@@ -41,7 +48,7 @@ def explain(module_or_operation: torch.nn.Module | str, input: Tensor, backend: 
         backend: as in the operations.
 
     Raises:
-        BackendError: the forced backend cannot run, or the operation is unknown.
+        BackendError: the forced backend cannot run, or the operation is unknown or decides nothing itself.
     """
     import_module("fastgan.ops")
     layers: list[Layer] = []
@@ -53,8 +60,14 @@ def explain(module_or_operation: torch.nn.Module | str, input: Tensor, backend: 
         layers.append(Layer(name, operation, tuple(tensor.shape), tensor.dtype, layout, decision))
 
     if isinstance(module_or_operation, str):
+        if module_or_operation in _DECIDED_BY:
+            operation, tensor = _DECIDED_BY[module_or_operation]
+            raise BackendError(
+                f"{module_or_operation} decides nothing itself: explain {operation!r} with {tensor}, "
+                "or the module that calls it"
+            )
         if module_or_operation not in backends.operations:
-            known = ", ".join(backends.operations)
+            known = ", ".join(name for name in backends.operations if name not in _DECIDED_BY)
             raise BackendError(f"unknown operation {module_or_operation!r}; known: {known}")
         wanted = backends.requested(backend)
         note(module_or_operation, input, backends.decide(module_or_operation, input, wanted))

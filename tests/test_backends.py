@@ -271,8 +271,18 @@ def test_explain_names_an_operation_after_the_module_that_calls_it():
 
 def test_explain_knows_the_operations():
     assert fastgan.explain("gan_bce", torch.randn(7))[0].decision.backend == "eager"
-    with pytest.raises(BackendError, match=r"'softmax'; known: .*bn_act"):
+    with pytest.raises(BackendError, match=r"'softmax'; known: adam_ema, bn_act, gan_bce$"):
         fastgan.explain("softmax", X)
+
+
+@pytest.mark.parametrize("operation", fastgan.ops.__all__)
+def test_explain_tells_of_every_public_operation_who_decides(operation):
+    decides = {"conv_bn_act": "bn_act", "conv_transpose_bn_act": "bn_act", "gan_bce_generator": "gan_bce"}
+    if operation not in decides:
+        assert fastgan.explain(operation, X)[0].operation == operation
+        return
+    with pytest.raises(BackendError, match=rf"{operation} decides nothing itself: explain '{decides[operation]}' with"):
+        fastgan.explain(operation, X)
 
 
 @pytest.mark.parametrize(
