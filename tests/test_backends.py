@@ -15,7 +15,7 @@ import fastgan
 from fastgan import backends, library
 from fastgan.errors import BackendError
 from fastgan.nn import ConvStack, Discriminator, Generator
-from fastgan.ops import bn_act
+from fastgan.ops import bn_act, conv_bn_act
 
 pytestmark = MARKS
 X = torch.randn(4, 3, 5, 5, device=DEVICE)
@@ -72,6 +72,26 @@ def test_what_depends_on_the_number_of_elements_is_looked_up_by_it(monkeypatch, 
     enough, few = (fastgan.explain(operation, x)[0] for x in (torch.randn(shape), torch.randn(5)))
     assert enough.decision.backend == "cpu"
     assert few.decision == ("eager", "'cpu' is measured faster only from 6 elements on")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_activation_alone_takes_no_row_of_batch_norm(monkeypatch, compiled):
+    measured(monkeypatch, backend="cpu")
+
+    class Block(nn.Module):
+        def forward(self, x, backend=None):
+            return conv_bn_act(x, torch.ones(3, 3, 1, 1), training=True, batch_norm=False, backend=backend)
+
+    block = Block()
+    assert backends.choose("bn_act", X).decision.backend == "cpu"
+    (layer,) = fastgan.explain(block, X)
+    assert layer.decision == ("eager", "an activation without BatchNorm is not measured")
+    run = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
+    for backend, expected in ((None, set()), ("cpu", {"bn_act_eval"})):
+        backends.reset_counts()
+        run(X, backend)
+        assert {name for by, name in backends.counts() if by == "cpu"} == expected
 
 
 def test_rows_of_the_committed_table_are_well_formed():

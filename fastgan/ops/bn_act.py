@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastgan.backends import Choice, choose, chosen, count, is_plain, requested, run
+from fastgan.backends import Choice, Decision, choose, chosen, count, is_plain, note, requested, run
 from fastgan.ops._library import direct, gradient_of_gradient, is_heard, register
 from fastgan.ops.bn_act_eager import activation, apply, dense, like, stat_dtype, stats
 
@@ -105,17 +105,24 @@ def bn_act(
     return z
 
 
+_NOT_MEASURED = Decision("eager", "an activation without BatchNorm is not measured")
+
+
 def act(input: Tensor, negative_slope: float, backend: str | None, *statistics_and_parameters: Tensor | None) -> Tensor:
     """What follows the convolution of a block without BatchNorm; `input` is overwritten where eager runs (nobody else
     may read it).
 
     Other backends run bn_act's kernels with mean 0, variance 1 and no parameters, which leave v = y bit for
-    bit.
+    bit. On CPUs only on request: the table of what is faster was measured with BatchNorm.
     """
     if any(t is not None for t in statistics_and_parameters):
         raise ValueError("batch_norm=False takes no running statistics and no BatchNorm parameters, got some")
     if negative_slope == 1:
         return input
+    if input.is_cpu and requested(backend) is None:
+        note("bn_act", input, _NOT_MEASURED)
+        count("eager", "act")
+        return activation(input, negative_slope)
     choice = chosen("bn_act", input, backend)
     if choice.definition:
         count("eager", "act")
