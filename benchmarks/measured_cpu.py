@@ -11,6 +11,7 @@ operation, dtype and shapes that were measured are replaced, all others are kept
 import argparse
 import gc
 import json
+import os
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -93,6 +94,7 @@ def row(operation: str, layout: str, found: list[tuple[tuple[int, ...], Interval
         "shape": list(faster[-1][0]),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "backend": "cpu",
+        "kernels": fastgan.backends.instruction_set(convolution=False),
         "ratio": round(min(interval.median for _, interval in faster), 2),
     }
 
@@ -106,6 +108,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="about as long each pair is measured")
     parser.add_argument("--only", default="", help="part of a line's name")
     arguments = parser.parse_args()
+    if "FASTGAN_CPU" in os.environ:
+        parser.error("FASTGAN_CPU is set: the table is for the kernels that run without it")
     gc.freeze()  # collections between rounds need not walk all of PyTorch
     table = json.loads(TABLE.read_text())
     rows: dict[tuple, dict] = {_key(one): one for one in table["rows"]}

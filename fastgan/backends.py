@@ -239,19 +239,28 @@ def layout(tensor: Tensor) -> str:
     return "strided"
 
 
+class Measured(NamedTuple):
+    """A row of the committed table, of a shape beyond its N."""
+
+    smallest: int  # the N from which on the kernel is faster
+    backend: str
+    kernels: str  # the `instruction_set` that was measured
+    ratio: float  # at least, eager's time over the kernel's
+
+
 @cache
-def _measured() -> dict[tuple, tuple[int, str, float]]:
+def _measured() -> dict[tuple, Measured]:
     """The committed table for this machine's vector instructions: what was measured faster than eager on
     CPU."""
     rows = json.loads((Path(__file__).parent / "measured_cpu.json").read_text())["rows"]
     capability = torch.backends.cpu.get_cpu_capability()
-    table: dict[tuple, tuple[int, str, float]] = {}
+    table: dict[tuple, Measured] = {}
     for row in rows:
         if row["capability"] == capability and row["ratio"] > 1:
             key = (row["operation"], row["dtype"], row["layout"], tuple(row["shape"][1:]))
             old = table.get(key)
-            if old is None or row["shape"][0] < old[0]:
-                table[key] = (row["shape"][0], row["backend"], row["ratio"])
+            if old is None or row["shape"][0] < old.smallest:
+                table[key] = Measured(row["shape"][0], row["backend"], row["kernels"], row["ratio"])
     return table
 
 
@@ -409,18 +418,19 @@ def _copy(backend: str) -> str:
 def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int, ...]) -> Decision:
     """What the committed table says for an input of this dtype, layout and shape."""
     key = (operation, str(dtype).removeprefix("torch."), how, shape[1:])
-    smallest, candidate, ratio = _measured().get(key, (0, "eager", 1.0))
-    if candidate == "eager":
+    row = _measured().get(key)
+    if row is None:
         return Decision("eager", "no kernel is measured faster than eager for this shape on CPU")
-    least = f"{smallest} elements" if operation in _by_elements else f"batch {smallest}"
-    if shape[0] < smallest:
-        return Decision("eager", f"'{candidate}' is measured faster only from {least} on")
-    reason = why_not(candidate, operation, "cpu", dtype)
-    if reason is None and candidate == "cpu" and instruction_set(convolution=False) == "plain":
-        reason = "its kernels were measured with AVX2, which this build or FASTGAN_CPU takes away"
-    if reason is None:
-        return Decision(candidate, f"measured {ratio:.2f} times as fast as eager for this shape{_copy(candidate)}")
-    return Decision("eager", reason)
+    least = f"{row.smallest} elements" if operation in _by_elements else f"batch {row.smallest}"
+    if shape[0] < row.smallest:
+        return Decision("eager", f"'{row.backend}' is measured faster only from {least} on")
+    reason = why_not(row.backend, operation, "cpu", dtype)
+    if reason is None and row.backend == "cpu" and (found := instruction_set(convolution=False)) != row.kernels:
+        reason = f"its {row.kernels} kernels were measured faster, those that run here are {found}"
+    if reason is not None:
+        return Decision("eager", reason)
+    faster = f"measured {row.ratio:.2f} times as fast as eager for this shape, from {least} on"
+    return Decision(row.backend, faster + _copy(row.backend))
 
 
 # --- running a kernel, and trusting it ------------------------------------------------------------

@@ -192,7 +192,8 @@ def test_parameters_with_gaps_are_refused():
 
 
 def test_cpu_takes_its_kernel_from_the_measured_size_on(monkeypatch):
-    monkeypatch.setattr(backends, "_measured", lambda: {("adam_ema", "float32", "contiguous", ()): (100, "cpu", 1.5)})
+    row = backends.Measured(100, "cpu", "avx2", 1.5)
+    monkeypatch.setattr(backends, "_measured", lambda: {("adam_ema", "float32", "contiguous", ()): row})
     for elements, backend in ((99, "eager"), (100, "cpu")):
         backends.reset_counts()
         adam_ema(*network(shapes=[(9,), (elements - 9,)]), torch.ones(1), **OPTIONS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastgan import library
 from fastgan.backends import counts, reset_counts
 from fastgan.bench import __main__ as command
 from fastgan.bench import floor, memory, pairing, plot, results
@@ -260,6 +261,23 @@ class TestShownTables:
 
 
 class TestMeasuredOnCpu:
+    @pytest.fixture(autouse=True)
+    def built(self, monkeypatch):
+        monkeypatch.delenv("FASTGAN_CPU", raising=False)
+        library.load("cpu")
+
+    def test_a_row_names_the_kernels_and_others_are_not_measured(self, monkeypatch, capsys):
+        found = [((8, 3, 4, 4), pairing.Interval(1.5, 1.1, 2.0))]
+        for kernels in ("avx2", "plain"):
+            monkeypatch.setattr(torch.ops.fastgan_cpu, "instruction_set", lambda found=kernels: found)
+            assert measured_cpu.row("bn_act", "contiguous", found)["kernels"] == kernels
+        monkeypatch.setenv("FASTGAN_CPU", "plain")
+        monkeypatch.setattr(sys, "argv", ["measured_cpu.py", "--only", "nothing"])
+        monkeypatch.setattr(measured_cpu, "cases", list)  # were it to go on, nothing would be written
+        with pytest.raises(SystemExit):
+            measured_cpu.main()
+        assert "FASTGAN_CPU is set" in capsys.readouterr().err
+
     def test_a_row_is_of_the_least_batch_from_which_on_all_are_faster(self):
         fast, slow = (
             pairing.Interval(1.5, 1.1, 2.0),
