@@ -1,8 +1,11 @@
 """The choice of a backend, the trust in a kernel, and what a user is told."""
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import fastgan.kernels.bn_act as kernels
 import pytest
@@ -94,8 +97,56 @@ def test_an_activation_alone_takes_no_row_of_batch_norm(monkeypatch, compiled):
         assert {name for by, name in backends.counts() if by == "cpu"} == expected
 
 
+KNOWN = {
+    "operation": {"bn_act", "gan_bce", "adam_ema"},
+    "dtype": {"float32", "float64", "bfloat16"},
+    "layout": {"channels_last", "contiguous"},
+    "capability": {"DEFAULT", "AVX2", "AVX512"},
+    "backend": {"cpu"},
+    "kernels": {"plain", "avx2"},
+}
+
+
+def malformed(rows):
+    """What is wrong with the rows of `measured_cpu.json`."""
+    for row in rows:
+        if row.keys() != {*KNOWN, "shape", "ratio"}:
+            yield f"{row} has other fields"
+            continue
+        yield from (f"{row}: unknown {field}" for field, known in KNOWN.items() if row[field] not in known)
+        dimensions = 4 if row["operation"] == "bn_act" else 1
+        if len(row["shape"]) != dimensions or not all(type(n) is int and n > 0 for n in row["shape"]):
+            yield f"{row}: no shape of that operation"
+        if row["operation"] != "bn_act" and row["layout"] != "contiguous":
+            yield f"{row}: is looked up as contiguous"
+        if not row["ratio"] > 1:
+            yield f"{row} is not faster"
+    keys = [(*(row.get(f) for f in ("operation", "dtype", "layout", "capability")), *row["shape"][1:]) for row in rows]
+    yield from (f"two rows of {key}" for key, times in Counter(keys).items() if times > 1)
+
+
 def test_rows_of_the_committed_table_are_well_formed():
-    assert isinstance(backends._measured(), dict)
+    rows = json.loads(Path(backends.__file__).with_name("measured_cpu.json").read_text())["rows"]
+    assert len(rows) > 2
+    assert list(malformed(rows)) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"operation": "bn_akt"}, {"dtype": "torch.float32"}, {"layout": "channel_last"}, {"capability": "avx2"},
+        {"backend": "gpu"}, {"kernels": "avx"}, {"ratio": 1.0}, {"shape": [8, 3, 4]}, {"shape": [8, 3, 0, 4]},
+        {"layouts": "contiguous"}, {},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_malformed_row_is_noticed(change):
+    row = dict.fromkeys(KNOWN, "cpu") | {
+        "operation": "bn_act", "dtype": "float32", "layout": "contiguous", "capability": "AVX2", "kernels": "avx2",
+        "shape": [8, 3, 4, 4], "ratio": 1.5,
+    }  # fmt: skip
+    assert list(malformed([row])) == []
+    assert list(malformed([row, {**row, **change}]))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
