@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib
 import importlib.util
 import io
 import re
@@ -107,6 +108,14 @@ def test_every_linked_function_is_in_its_file(page):
     assert not missing
     if page.name == "how-gans-work.md":
         assert len(named) > 30  # the pattern above still finds them
+
+
+def test_every_name_beside_a_module_can_be_imported_from_it():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[fastgan/(\w+)(?:\.py)?\]\([^)]*\) \| (.*) \|$", text, re.M)
+    named = [(module, name) for module, cell in rows for name in re.findall(r"`(\w+)`", cell)]
+    assert len(named) > 10  # the pattern above still finds them
+    assert [pair for pair in named if not hasattr(importlib.import_module(f"fastgan.{pair[0]}"), pair[1])] == []
 
 
 @every_page
