@@ -319,6 +319,7 @@ def test_only_the_input_and_per_channel_numbers_are_kept(backend, layout):
         ({"input": torch.ones(2, 3, dtype=torch.int64)}, "input must be a floating"),
         ({"running_mean": None, "running_var": None, "training": False}, "required when training=False"),
         ({"eps": 0.0}, "eps must be positive in training, got 0.0"),
+        *(({"momentum": momentum}, rf"momentum must be in \[0, 1\], got {momentum}") for momentum in (7.0, -0.1, None)),
         ({"weight": torch.ones(3, device="meta")}, "weight is on meta, input on cpu"),
     ],
 )

@@ -206,6 +206,15 @@ def test_errors():
         gan_bce(None, None)
     with pytest.raises(ValueError, match=r"real_logits are torch.float32 on cpu, fake_logits torch.float64"):
         gan_bce(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
+    x, whole = torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+    for halves, got in (((whole, whole), "torch.int64 and torch.int64"), ((None, whole), "torch.int64"),
+                        (([0.0], x), "list and torch.float32"), ((x, [0.0]), "torch.float32 and list")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"logits must be floating tensors, got {got}"):
+            gan_bce(*halves)
+    for target in (3.0, -0.1, math.nan):
+        for name in ("real_target", "fake_target"):
+            with pytest.raises(ValueError, match=rf"targets must be in \[0, 1\], got .*{name}={target}"):
+                gan_bce(x, x, **{name: target})
 
 
 PLANTED = {

@@ -61,9 +61,12 @@ def bn_act(
         by the backend's kernels, then through the definition. Kept for backward: input and O(C).
 
     Raises:
-        ValueError: a shape or dtype does not fit, or there is one value per channel in training.
+        ValueError: a shape or dtype does not fit, momentum is out of its range, or there is one value per channel in
+            training.
         BackendError: the backend that was asked for cannot run.
     """
+    if training and (momentum is None or not 0.0 <= momentum <= 1.0):
+        raise ValueError(f"bn_act: momentum must be in [0, 1], got {momentum}")
     if process_group is not None and training:
         _check(input, running_mean, running_var, weight, bias, training, eps, alone=False)
         from fastgan.ops.bn_act_sync import bn_act_sync

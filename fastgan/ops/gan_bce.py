@@ -36,13 +36,20 @@ def gan_bce(
         Kept for backward: the logits and one fp32 number for each.
 
     Raises:
-        ValueError: both halves are None, or they differ in dtype or device.
+        ValueError: both halves are None, they differ in dtype or device, or are no floating tensors; a target is
+            outside of [0, 1].
         BackendError: the backend that was asked for cannot run.
     """
     first = real_logits if real_logits is not None else fake_logits
     if first is None:
         raise ValueError("gan_bce: expected real_logits, fake_logits or both, got None and None")
     second = first if fake_logits is None else fake_logits
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor) and first.is_floating_point()):
+        raise ValueError(f"gan_bce: logits must be floating tensors, got {_text(first)} and {_text(second)}")
+    if not (0.0 <= real_target <= 1.0 and 0.0 <= fake_target <= 1.0):
+        raise ValueError(
+            f"gan_bce: targets must be in [0, 1], got real_target={real_target}, fake_target={fake_target}"
+        )
     if second is not first and (second.dtype != first.dtype or second.device != first.device):
         raise ValueError(
             f"gan_bce: real_logits are {first.dtype} on {first.device}, "
@@ -85,6 +92,10 @@ def gan_bce_generator(
     assert loss is not None
     assert d_fake is not None
     return (-loss if saturating else loss), d_fake
+
+
+def _text(logits: object) -> str:
+    return str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
 
 
 def _stat_dtype(logits: Tensor) -> torch.dtype:
