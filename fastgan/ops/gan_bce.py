@@ -106,7 +106,8 @@ def _half(logits: Tensor | None, target: float) -> tuple[Tensor, Tensor] | tuple
     """The definition: mean loss and mean sigmoid of one half, in plain PyTorch."""
     if logits is None:
         return None, None
-    x = logits.to(_stat_dtype(logits))
+    dtype = _stat_dtype(logits)
+    x = logits if logits.dtype == dtype else logits.to(dtype)  # asking first is quicker than what changes nothing
     return bce(x, target), x.detach().sigmoid().mean()
 
 
