@@ -146,7 +146,9 @@ def memory() -> str:
         if "peak_bytes" not in row:
             continue
         peak, kept = row["peak_bytes"], row["kept_bytes"]
-        line = [row["case"], *(f"{peak[name] / mib:.0f}" for name in ("stock", "tuned", "fastgan"))]
+        line = [row["case"]]
+        for name in ("stock", "tuned", "fastgan"):
+            line.append("-" if peak[name] is None else f"{peak[name] / mib:.0f}")
         for network in ("generator", "discriminator"):
             line.append(
                 f"{kept['fastgan'][network] / mib:.1f} ({kept['fastgan'][network] / kept['tuned'][network]:.2f})"

@@ -97,21 +97,67 @@ def test_full_run_has_every_competitor_and_its_memory(tiny_cases, tmp_path):
         (["--device", "cuda:99"], "finds"),
         (["--json", "missing/new.json"], "missing is not a folder"),
         (["--plot", "missing/new.png"], "missing is not a folder"),
+        (["--json", "text.json/new.json"], "text.json is not a folder"),
+        (["--json", "."], "--json: expected the name of a file, got the folder ."),
+        (["--json", ""], "--json: expected the name of a file, got the folder ."),
+        (["--plot", "."], "--plot: expected the name of a file, got the folder ."),
         (["--compare", "missing.json"], "missing.json: No such file"),
         (["--compare", "text.json"], "text.json: not JSON"),
         (["--compare", "list.json"], "list.json: expected benchmark data of format 1, got None"),
+        (["--compare", "empty.json"], "empty.json: not what --json wrote (KeyError: 'rows')"),
+        (["--compare", "number.json"], "number.json: not what --json wrote (TypeError: rows are a list, not int)"),
+        (["--compare", "row.json"], "row.json: not what --json wrote (KeyError: 'stock')"),
+        (["--compare", "rounds.json"], "rounds.json: not what --json wrote (ValueError: "),
     ],
 )
 def test_bad_arguments_end_with_2_before_anything_is_measured(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.json").write_text("no data")
     (tmp_path / "list.json").write_text(json.dumps([]))
+    shorter = {"case": "tiny", "seconds": {"stock": [1.0, 1.0], "fastgan": [1.0]}}
+    for name, given in {
+        "empty": {},
+        "number": {"rows": 3},
+        "row": {"rows": [{"case": "tiny", "seconds": {}}]},
+        "rounds": {"rows": [shorter]},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"format": results.FORMAT, **given}))
     monkeypatch.setattr(command, "peaks", lambda device: pytest.fail("it measured"))
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_was_measured_is_kept_when_a_later_case_fails(tiny_cases, tmp_path, monkeypatch):
+    file, picture = tmp_path / "new.json", tmp_path / "new.png"
+    measure = results.measure
+
+    def broken(case, *others):
+        if case.precision == "bf16":
+            raise KeyboardInterrupt
+        return measure(case, *others)
+
+    monkeypatch.setattr(results, "measure", broken)
+    assert command.main(["--quick", "--rounds", "6", "--json", str(file), "--plot", str(picture)]) == 130
+    rows = results.read(file)["rows"]
+    assert [measured["case"] for measured in rows] == ["tiny"]
+    assert plot.drawn_from(picture) == plot.digest(rows)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "its process ended with SIGKILL"),
+        ("raise MemoryError('no more')", "its process ended with exit code 1. MemoryError: no more"),
+    ],
+)
+def test_a_process_that_dies_costs_its_own_figure_alone(code, message, monkeypatch, capsys):
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda _, **options: run([sys.executable, "-c", code], **options))
+    assert results.measure_memory(TINY, CPU, ["stock"])["peak_bytes"] == {"stock": None}
+    assert f"no peak memory of stock in tiny: {message}" in capsys.readouterr().err
 
 
 def test_unknown_options_end_with_2():
@@ -215,6 +261,13 @@ def test_benchmarks_run():
     assert " passed" in done.stdout
 
 
+def test_benchmarks_that_cannot_be_written_are_not_measured(tmp_path):
+    options = ["--collect-only", "--rows", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "pytest", str(BENCHMARKS), *options], capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"--rows: expected the name of a file, got the folder {tmp_path}" in done.stderr
+
+
 class TestShownTables:
     @pytest.mark.parametrize("page", readme_table.PAGES, ids=lambda page: page.name)
     def test_pages_show_the_committed_data(self, page):
@@ -274,6 +327,36 @@ class TestMeasuredOnCpu:
         assert found(fast, slow, fast._replace(median=1.2))["shape"] == [64, 3, 4, 4]
         assert found(slow, fast, fast._replace(median=1.2))["ratio"] == 1.2
         assert found(fast, fast, slow) is None
+
+    def test_rows_are_replaced_kept_and_dropped_line_by_line(self, tmp_path, monkeypatch):
+        """And none of them is lost by a run that ends early."""
+        fast, slow = pairing.Interval(1.5, 1.1, 2.0), pairing.Interval(0.9, 0.8, 1.0)
+        shapes = {size: [(8, 3, size, size)] for size in (4, 8, 16, 32)}
+        ratios = iter([fast, slow, fast])
+
+        def measure(operation, layout, shape, budget):
+            if (interval := next(ratios, None)) is None:
+                raise KeyboardInterrupt
+            return interval
+
+        table = tmp_path / "measured_cpu.json"
+        old = [measured_cpu.row("bn_act", "contiguous", [(shapes[size][0], fast)]) for size in (4, 8, 32)]
+        elsewhere = {**old[0], "capability": "of another machine"}
+        rows = [{**one, "ratio": 9.0} for one in (*old, elsewhere)]
+        table.write_text(json.dumps({"about": "x", "rows": rows}))
+        monkeypatch.setattr(measured_cpu, "TABLE", table)
+        monkeypatch.setattr(measured_cpu, "measure", measure)
+        monkeypatch.setattr(measured_cpu, "cases", lambda: [("bn_act", "contiguous", s) for s in shapes.values()])
+        monkeypatch.setattr(sys, "argv", ["measured_cpu.py"])
+        with pytest.raises(KeyboardInterrupt):
+            measured_cpu.main()
+        found = json.loads(table.read_text())
+        assert found["about"] == "x"
+        assert rows[-1] in found["rows"]
+        here = [row for row in found["rows"] if row["capability"] != elsewhere["capability"]]
+        # 4 replaced, 8 dropped as slower, 16 new, 32 not come to.
+        assert {row["shape"][2]: row["ratio"] for row in here} == {4: 1.5, 16: 1.5, 32: 9.0}
+        assert list(tmp_path.iterdir()) == [table]
 
     @pytest.mark.parametrize("operation", ["bn_act", "gan_bce"])
     def test_both_sides_compute_the_same(self, operation):
