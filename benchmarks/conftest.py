@@ -16,6 +16,8 @@ import torch
 from fastgan.backends import BACKENDS
 from fastgan.bench.machine import environment, peaks
 from fastgan.bench.pairing import median_interval, ratio, seconds
+from fastgan.errors import FastganError
+from fastgan.files import check_place, replacing
 
 SECONDS = 1.0  # about as long each pair is measured
 ROUNDS = (9, 200)
@@ -31,6 +33,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = []
+    if file := config.getoption("rows"):
+        try:
+            check_place(Path(file), "--rows")
+        except FastganError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 def pytest_generate_tests(metafunc):
@@ -127,4 +134,5 @@ def pytest_terminal_summary(terminalreporter, config):
     if file := config.getoption("rows"):
         device = torch.device(config.getoption("device"))
         data = {"environment": environment(device, "pytest"), "peaks": peaks(device), "rows": rows}
-        Path(file).write_text(json.dumps(data, indent=1) + "\n")
+        with replacing(Path(file)) as temporary:
+            temporary.write_text(json.dumps(data, indent=1) + "\n")

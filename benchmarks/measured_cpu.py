@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import fastgan
 from fastgan.bench.pairing import Interval, interleave, ratio, seconds
+from fastgan.files import replacing
 from fastgan.ops import bn_act, gan_bce
 
 TABLE = Path(fastgan.__file__).parent / "measured_cpu.json"
@@ -119,8 +120,13 @@ def main() -> None:
         rows.pop((operation, "float32", layout, shapes[0][1:], capability), None)
         if (one := row(operation, layout, found)) is not None:
             rows[_key(one)] = one
+        save(table["about"], rows)  # after each line: a run takes long
+
+
+def save(about: str, rows: dict[tuple, dict]) -> None:
     lines = ",\n    ".join(json.dumps(rows[key]) for key in sorted(rows, key=str))
-    TABLE.write_text(f'{{\n  "about": {json.dumps(table["about"])},\n  "rows": [\n    {lines}\n  ]\n}}\n')
+    with replacing(TABLE) as temporary:
+        temporary.write_text(f'{{\n  "about": {json.dumps(about)},\n  "rows": [\n    {lines}\n  ]\n}}\n')
 
 
 if __name__ == "__main__":
