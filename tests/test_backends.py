@@ -275,11 +275,3 @@ def test_plain_copies_are_not_taken_for_what_was_measured(monkeypatch):
         assert layer.decision.backend == backend
         assert re.search(reason, layer.decision.reason)
         backends._choices.clear()
-
-
-def test_available_gives_each_backend_and_its_reason():
-    found = backends.available()
-    assert list(found) == list(backends.BACKENDS)
-    assert found["eager"] is None
-    if not torch.cuda.is_available():
-        assert "CUDA" in found["cuda"]
