@@ -290,8 +290,8 @@ class TestShownTables:
         assert goals.Goal("x", 0.5, 0.5, most=True).line()[-1] == "yes"
         operation = {"group": "gan_bce both", "name": "64", "provider": "cpu", "times_reference": [1.5, 1.4, 1.6]}
         bound = operation | {"provider": "no kernel", "times_reference": [1.9, 1.8, 2.0]}
-        copying = operation | {"group": "bn_act both", "times_reference": [1.2, 1.1, 1.3], "share of copy": 0.4}
-        found = goals.of_operations([operation, bound, copying])
+        copying = operation | {"group": "bn_act both", "times_reference": [1.2, 1.1, 1.3], "GB/s": 4.0}
+        found = goals.of_operations([operation, bound, copying], RATES)
         assert [(goal.measured, pytest.approx(goal.limit)) for goal in found] == [(1.5, 1.9), (1.2, 3.0), (0.4, 1.0)]
         layer = {"group": "forward", "seconds": 1.0, "GFLOP/s": 90.0}
         rows = [
@@ -302,11 +302,38 @@ class TestShownTables:
             layer | {"name": "DCGAN-64 D5 512-1 to 1x1", "times_reference": [1.0, 1.0, 1.0]},
             layer | {"name": "DCGAN-64 G1 100-512 to 4x4", "times_reference": [1.0, 1.0, 1.0]},
         ]
-        found = [(goal.what.split(",")[0], goal.measured) for goal in goals.of_layers(rows)]
+        found = [(goal.what.split(",")[0], goal.measured) for goal in goals.of_layers(rows, RATES)]
         mean, short, thin = found
         assert mean[1] == pytest.approx((2.0 + 3 * 1.3) / 4)
         assert short == ("middle: DCGAN-64 G3 256-128 to 16x16", 1.3)
         assert thin == ("thin: DCGAN-64 G5 64-3 to 64x64", 3.0)  # at D1 the library is fast
+
+    @pytest.mark.parametrize("phase", [1.0, 1.3])
+    def test_a_thin_layer_that_falls_short_is_shown_however_fast_the_machine_runs(self, phase):
+        """The library at 50 GFLOP/s where the machine's peak is 145."""
+        rates = {"GFLOP/s": 85.0 * phase, "times_reference": [1.7, 1.6, 1.8], "seconds": 1.0}
+        (goal,) = goals.of_layers(
+            [{"group": "weight gradient", "name": "DCGAN-64 G5 64-3 to 64x64", **rates}],
+            {"fp32 GFLOP/s": 145.0 * phase},
+        )
+        assert goal.line()[-1] == "**no**"
+        assert goal.limit == pytest.approx(1.7 * 145 / 85)
+
+    def test_every_share_is_of_the_peaks_in_the_header(self):
+        header = readme_table.measured_on()
+        for name, shown, rate in (("fp32 GFLOP/s", readme_table.layers(), 3), ("copy GB/s", "", 0)):
+            peak = float(re.search(rf"(\d+) {name}", header)[1])
+            assert peak == round(readme_table.peaks()[name])
+            for line in shown.splitlines()[2:]:
+                cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+                assert int(cells[rate + 1].split()[0]) == pytest.approx(100 * float(cells[rate]) / peak, abs=1)
+        moved = [
+            100 * row["GB/s"] / readme_table.peaks()["copy GB/s"]
+            for row in readme_table.pairs("operations")
+            if "GB/s" in row
+        ]
+        shares = [line.split(" | ")[-1].strip(" |") for line in readme_table.operations().splitlines()[2:]]
+        assert [share for share in shares if share != "-"] == [f"{one:.0f} %" for one in moved]
 
     def test_every_committed_row_is_a_case(self):
         assert {row["case"] for row in readme_table.step_rows()} <= {case.name for case in CASES}
@@ -379,9 +406,28 @@ class TestProductsInBf16:
 
     def test_the_page_says_which_forward_passes_the_rule_refuses(self):
         page = winograd_bf16.PAGE.read_text(encoding="utf-8").partition("<!-- winograd bf16 -->")[2]
-        said = {line.split(" | ")[0].strip("| "): "**no**" in line.split(" | ")[2] for line in page.splitlines()[4:10]}
+        cells = [line.split(" | ") for line in page.splitlines()[4:10]]
+        said = {cell[0].strip("| "): re.sub(r"[\d.]+, [\d.]+", "", cell[2]) for cell in cells}
         found = winograd_bf16.measured(64)
-        assert said == {name: not passes["forward"][2] for name, passes in found.items()}
+        assert said == {name: passes["forward"][2] for name, passes in found.items()}
+        assert said["F(2x2, 2x2)"] == winograd_bf16.BY_GRANT
+
+    def test_three_times_the_rms_error_is_granted_to_one_algorithm_alone(self):
+        truth = torch.linspace(0.5, 1.0, 64, dtype=torch.float64)
+        theirs = truth + 0.01
+        theirs[0] += 0.01  # their maximum is twice their usual error
+        granted, other = (next(a for a in winograd_bf16.ALGORITHMS if a.granted == yes) for yes in (True, False))
+        assert granted.name == "F(2x2, 2x2)"
+
+        def marks(error):
+            return [winograd_bf16.mark(one, (truth + error).float(), theirs.float(), truth) for one in (granted, other)]
+
+        assert marks(0.019) == ["", ""]
+        assert marks(0.025) == [" *granted*", " **no**"]
+        assert marks(0.035) == [" **no**", " **no**"]
+        spike = torch.full((64,), 0.025)
+        spike[0] = 0.045  # 2.25 times their maximum
+        assert marks(spike) == [" **no**", " **no**"]
 
 
 def test_run_length_comes_from_the_images_per_second():
