@@ -385,7 +385,7 @@ class TestMeasuredOnCpu:
         assert {row["shape"][2]: row["ratio"] for row in here} == {4: 1.5, 16: 1.5, 32: 9.0}
         assert list(tmp_path.iterdir()) == [table]
 
-    @pytest.mark.parametrize("operation", ["bn_act", "gan_bce"])
+    @pytest.mark.parametrize("operation", ["bn_act", "gan_bce", "adam_ema"])
     def test_both_sides_compute_the_same(self, operation):
         name, layout, shapes = next(case for case in measured_cpu.cases() if case[0] == operation)
         passes = getattr(measured_cpu, f"{name}_passes")(shapes[0], layout)
