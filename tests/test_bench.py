@@ -21,6 +21,7 @@ from fastgan.nn import Discriminator
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import bench_gan_bce  # noqa: E402
 import goals  # noqa: E402
 import measured_cpu  # noqa: E402
 import readme_table  # noqa: E402
@@ -259,6 +260,18 @@ def test_benchmarks_run():
     done = subprocess.run([sys.executable, "-m", "pytest", str(BENCHMARKS), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("one", [bench_gan_bce.definition, bench_gan_bce.operation, bench_gan_bce.nothing])
+def test_competitors_of_gan_bce_return_all_that_it_is(one):
+    """A compiler that sees D(x) and D(G(z)) dropped does not compute them."""
+    torch.manual_seed(0)
+    logits = [torch.randn(16, requires_grad=True) for _ in range(2)]
+    loss, *numbers = one(*logits)
+    assert [number.requires_grad for number in (loss, *numbers)] == [True, True, True, False, False]
+    assert all(gradient.shape == (16,) for gradient in torch.autograd.grad(loss, logits))
+    if one is not bench_gan_bce.nothing:
+        torch.testing.assert_close([loss, *numbers], [*bench_gan_bce.definition(*logits)])
 
 
 def test_benchmarks_that_cannot_be_written_are_not_measured(tmp_path):
