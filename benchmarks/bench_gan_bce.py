@@ -1,4 +1,7 @@
-"""The discriminator's cross-entropy on real and fake logits with mean D(x) and D(G(z)), beside eager."""
+"""The discriminator's cross-entropy on real and fake logits with mean D(x) and D(G(z)), beside eager.
+
+Every competitor returns all four, behind the sum that is differentiated: what nobody gets, a compiler leaves out.
+"""
 
 import pytest
 import torch
@@ -11,37 +14,37 @@ from fastgan.ops import gan_bce
 WITHOUT = ("tuned",)  # logits have no layout
 
 
-def definition(real: Tensor, fake: Tensor) -> Tensor:
+def definition(real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
     losses = [
         F.binary_cross_entropy_with_logits(logits, target)
         for logits, target in ((real, torch.ones_like(real)), (fake, torch.zeros_like(fake)))
     ]
-    for logits in (real, fake):
-        logits.detach().sigmoid().mean()  # D(x) and D(G(z)), which a training log wants
-    return losses[0] + losses[1]
+    return losses[0] + losses[1], *losses, *(logits.detach().sigmoid().mean() for logits in (real, fake))
 
 
-def operation(real: Tensor, fake: Tensor) -> Tensor:
-    loss_real, loss_fake, *_ = gan_bce(real, fake)
-    return loss_real + loss_fake
+def operation(real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
+    loss_real, loss_fake, *means = gan_bce(real, fake)
+    return loss_real + loss_fake, loss_real, loss_fake, *means
 
 
 class Nothing(torch.autograd.Function):
-    """Two losses and their gradients without any computation."""
+    """The four numbers and the gradients of two of them without any computation."""
 
     @staticmethod
     def forward(ctx, *logits):
         ctx.save_for_backward(*logits)
-        return logits[0].new_empty(()), logits[0].new_empty(())
+        losses, means = ([logits[0].new_empty(()) for _ in range(2)] for _ in range(2))
+        ctx.mark_non_differentiable(*means)
+        return *losses, *means
 
     @staticmethod
     def backward(ctx, *_):
         return ctx.saved_tensors
 
 
-def nothing(real: Tensor, fake: Tensor) -> Tensor:
-    loss_real, loss_fake = Nothing.apply(real, fake)
-    return loss_real + loss_fake
+def nothing(real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
+    loss_real, loss_fake, *means = Nothing.apply(real, fake)
+    return loss_real + loss_fake, loss_real, loss_fake, *means
 
 
 # As many as images, and as many as a discriminator has that judges patches.

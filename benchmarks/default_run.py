@@ -14,6 +14,8 @@ import torch
 
 from fastgan.bench.machine import environment
 from fastgan.bench.pairing import median_interval
+from fastgan.errors import FastganError
+from fastgan.files import check_place, replacing
 from fastgan.train.log import read_log
 
 BACKENDS = ("eager", "auto")
@@ -35,6 +37,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1, help="runs of each, in turns")
     parser.add_argument("--json", type=Path, help="write the data here")
     options = parser.parse_args()
+    try:
+        if options.json is not None:
+            check_place(options.json, "--json")
+    except FastganError as error:
+        parser.error(str(error))
     rates: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
     for _ in range(options.pairs):
         for backend in BACKENDS:
@@ -44,7 +51,8 @@ def main() -> None:
     if options.json is not None:
         data = environment(torch.device("cpu"), "python benchmarks/default_run.py")
         rows = [{"backend": backend, "images_per_second": values} for backend, values in rates.items()]
-        options.json.write_text(json.dumps({"environment": data, "rows": rows}, indent=1) + "\n")
+        with replacing(options.json) as temporary:
+            temporary.write_text(json.dumps({"environment": data, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from triton_device import DEVICE
 
 from fastgan import backends
 from fastgan.ops import bn_act, conv_bn_act, conv_transpose_bn_act, gan_bce
-from fastgan.tolerance import errors
+from fastgan.tolerance import Errors, errors
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 BACKENDS = ("cpu", "triton") if DEVICE == "cpu" else ("triton", "cuda")
@@ -63,9 +63,9 @@ def gan_bce_results(real: Tensor, fake: Tensor, backend: str | None) -> dict[str
     return dict(zip(("loss_real", "loss_fake", "dreal", "dfake"), values, strict=True))
 
 
-def rows():
-    """(operation, output, dtype, layout, backend, its errors, PyTorch's)"""
-    for (name, dtype), backend in product(DTYPES.items(), BACKENDS):
+def rows(wanted: tuple[str, ...] = BACKENDS):
+    """(operation, output, dtype, layout, backend, its errors, PyTorch's) of the `wanted` backends."""
+    for (name, dtype), backend in product(DTYPES.items(), wanted):
         if backends.why_not(backend, "bn_act", DEVICE, dtype) is not None:
             continue
         for layout, memory in (("contiguous", torch.contiguous_format), ("channels-last", torch.channels_last)):
@@ -98,6 +98,11 @@ def _compare(operation, results, args, dtype, layout, backend):
         yield operation, output, dtype, layout, backend, mine, theirs
 
 
+def line(what: list[str], mine: Errors, own: Errors) -> str:
+    numbers = (f"{value:.2e}" for value in (mine.rms, own.rms, mine.max, own.max))
+    return f"| {' | '.join((*what, *numbers))} |"
+
+
 def main() -> None:
     lines = [
         "# Errors of the kernels beside PyTorch's own",
@@ -106,15 +111,14 @@ def main() -> None:
         "in fp64, of one input each, for the outputs of the public operations and their first gradients. PyTorch's are",
         f"those of {torch.__version__} in the same dtype on the same device, {DEVICE}"
         + (", where Triton's kernels run in the interpreter." if DEVICE == "cpu" else "."),
+        f"Those of its sums depend on the number of threads, here {torch.get_num_threads()}; ours do not.",
         "What every run of the tests asks for is in [coverage.md](coverage.md).",
         "The convolution itself is the library's in both columns.",
         "",
         "| operation | output | dtype | layout | backend | RMS | PyTorch's RMS | max | PyTorch's max |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for *what, mine, own in rows():
-        numbers = (f"{value:.2e}" for value in (mine.rms, own.rms, mine.max, own.max))
-        lines.append(f"| {' | '.join((*what, *numbers))} |")
+    lines += [line(what, mine, own) for *what, mine, own in rows()]
     PAGE.write_text("\n".join(lines) + "\n")
 
 

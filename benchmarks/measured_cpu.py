@@ -1,11 +1,11 @@
-"""Where the CPU kernels of bn_act and gan_bce are faster than eager PyTorch: writes fastgan/measured_cpu.json.
+"""Where the CPU kernels of bn_act, gan_bce and adam_ema are faster than eager PyTorch: writes measured_cpu.json.
 
 python benchmarks/measured_cpu.py [--seconds 0.1] [--only PART_OF_A_NAME]
 
-Each line is an input, forward and backward with every gradient, turn by turn in one process: the median over the rounds
-of eager's time over the kernel's, with its 95 % confidence interval. A row is written for the least batch from which on
-the whole interval lies above 1 for every batch that was measured; what was not measured stays eager. Rows of the
-operation, dtype and shapes that were measured are replaced, all others are kept.
+Each line is an input, forward and backward with every gradient (of adam_ema one update), turn by turn in one process:
+the median over the rounds of eager's time over the kernel's, with its 95 % confidence interval. A row is written for
+the least batch from which on the whole interval lies above 1 for every batch that was measured; what was not measured
+stays eager. Rows of the operation, dtype and shapes that were measured are replaced, all others are kept.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 import fastgan
 from fastgan.bench.pairing import Interval, interleave, ratio, seconds
-from fastgan.ops import bn_act, gan_bce
+from fastgan.files import replacing
+from fastgan.ops import adam_ema, bn_act, gan_bce
 
 TABLE = Path(fastgan.__file__).parent / "measured_cpu.json"
 CPU = torch.device("cpu")
@@ -30,6 +31,7 @@ LEAST, MOST = 1 << 10, 1 << 18  # values of an image: fewer are no network's, mo
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 SHORT = 1e-2  # seconds of one measurement at least: threads meet faster at some times than at others
 LOGITS = (16, 64, 1024, 16384, 65536)
+PARAMETERS, TENSORS = (1 << 10, 1 << 14, 1 << 18, 1 << 22), 8  # values of a network in all, and how they are spread
 
 
 def bn_act_passes(shape: tuple[int, ...], layout: str):
@@ -61,17 +63,34 @@ def gan_bce_passes(shape: tuple[int, ...], layout: str):
     return {"eager": passes("eager"), "kernel": passes("cpu")}
 
 
+def adam_ema_passes(shape: tuple[int, ...], layout: str):
+    tensors = [[torch.rand(shape[0] // TENSORS) for _ in range(TENSORS)] for _ in range(5)]
+
+    def passes(backend: str):
+        own, step = [[tensor.clone() for tensor in group] for group in tensors], torch.ones(1)
+
+        def run() -> object:
+            adam_ema(*own, step, lr=2e-4, beta1=0.5, ema_decay=0.999, backend=backend)
+            return [tensor for group in own for tensor in group]
+
+        return run
+
+    return {"eager": passes("eager"), "kernel": passes("cpu")}
+
+
 def cases() -> Iterator[tuple[str, str, list[tuple[int, ...]]]]:
     """(operation, layout, shapes that differ in N alone, least first)."""
     for layout, size, channels in product(LAYOUTS, SIZES, CHANNELS):
         if LEAST <= channels * size * size <= MOST:
             yield "bn_act", layout, [(batch, channels, size, size) for batch in BATCHES]
     yield "gan_bce", "contiguous", [(count,) for count in LOGITS]
+    yield "adam_ema", "contiguous", [(count,) for count in PARAMETERS]
 
 
 def measure(operation: str, layout: str, shape: tuple[int, ...], budget: float) -> Interval:
     torch.manual_seed(0)
-    passes = {"bn_act": bn_act_passes, "gan_bce": gan_bce_passes}[operation](shape, layout)
+    make = {"bn_act": bn_act_passes, "gan_bce": gan_bce_passes, "adam_ema": adam_ema_passes}[operation]
+    passes = make(shape, layout)
     once = [max(seconds(run, 1, CPU) for run in passes.values()) for _ in range(5)][-1]  # the first ones warm up
     calls = max(1, int(SHORT / once))
     times = interleave(passes, max(9, min(60, int(budget / 2 / calls / once))), calls, CPU)
@@ -123,8 +142,13 @@ def main() -> None:
         rows.pop((operation, "float32", layout, shapes[0][1:], capability), None)
         if (one := row(operation, layout, found)) is not None:
             rows[_key(one)] = one
+        save(table["about"], rows)  # after each line: a run takes long
+
+
+def save(about: str, rows: dict[tuple, dict]) -> None:
     lines = ",\n    ".join(json.dumps(rows[key]) for key in sorted(rows, key=str))
-    TABLE.write_text(f'{{\n  "about": {json.dumps(table["about"])},\n  "rows": [\n    {lines}\n  ]\n}}\n')
+    with replacing(TABLE) as temporary:
+        temporary.write_text(f'{{\n  "about": {json.dumps(about)},\n  "rows": [\n    {lines}\n  ]\n}}\n')
 
 
 if __name__ == "__main__":

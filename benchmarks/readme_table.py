@@ -16,6 +16,7 @@ import goals as wanted
 
 from fastgan.bench import plot, results
 from fastgan.bench.cases import CASES
+from fastgan.bench.floor import WINOGRAD
 from fastgan.bench.machine import best_of
 from fastgan.bench.pairing import Interval
 
@@ -23,6 +24,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = RESULTS / "speed.png"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+
+
+def peaks() -> dict[str, float]:
+    """What every share is of: the best of all sessions, for a machine shared with others shows its peak only now and
+    then."""
+    every = (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
+    return best_of(*(data["peaks"] for data in every if "peaks" in data))
 
 
 def step_data() -> list[dict]:
@@ -72,7 +80,7 @@ def speed() -> str:
 
 def steps() -> str:
     """The steps with intervals, and how far from the floor they are."""
-    best = best_of(*(data["peaks"] for data in step_data()))
+    best = peaks()
     heads = [
         "training step",
         "ms",
@@ -146,7 +154,9 @@ def memory() -> str:
         if "peak_bytes" not in row:
             continue
         peak, kept = row["peak_bytes"], row["kept_bytes"]
-        line = [row["case"], *(f"{peak[name] / mib:.0f}" for name in ("stock", "tuned", "fastgan"))]
+        line = [row["case"]]
+        for name in ("stock", "tuned", "fastgan"):
+            line.append("-" if peak[name] is None else f"{peak[name] / mib:.0f}")
         for network in ("generator", "discriminator"):
             line.append(
                 f"{kept['fastgan'][network] / mib:.1f} ({kept['fastgan'][network] / kept['tuned'][network]:.2f})"
@@ -163,9 +173,13 @@ def memory() -> str:
     return table(heads, found)
 
 
+def layer_rows() -> list[dict]:
+    return [row for row in pairs("layers") if row["provider"] == "cpu"]
+
+
 def layers() -> str:
     """Each layer and pass on the CPU kernels beside the library, channels-last."""
-    found = [row for row in pairs("layers") if row["provider"] == "cpu"]
+    found, best = layer_rows(), peaks()["fp32 GFLOP/s"]
     heads = ["pass", "layer", "ms", "GFLOP/s", "share of peak", "times the library"]
     return table(
         heads,
@@ -175,7 +189,7 @@ def layers() -> str:
                 row["name"],
                 f"{1e3 * row['seconds']:.2f}",
                 f"{row['GFLOP/s']:.0f}",
-                f"{100 * row['share of peak']:.0f} %",
+                f"{100 * row['GFLOP/s'] / best:.0f} %",
                 str(Interval(*row["times_reference"])),
             ]
             for row in found
@@ -183,10 +197,25 @@ def layers() -> str:
     )
 
 
+def middle_layers() -> str:
+    """What the passes of the middle layers take, in units of their definition's multiplications at the peak, and what
+    they would with the multiplications of F(2x2, 2x2) at twice the rate."""
+    shares = [row["GFLOP/s"] / peaks()["fp32 GFLOP/s"] for row in layer_rows() if wanted.is_middle(row)]
+    if not shares:
+        return "No data committed yet."
+    least, most, other = 1 / max(shares), 1 / min(shares), 9 / 16 / 2
+    return (
+        f"The middle layers take {least:.2f} to {most:.2f} ({min(shares):.2f} to {max(shares):.2f} times the peak), "
+        f"and so {least - WINOGRAD:.2f} to {most - WINOGRAD:.2f} beside their multiplications. With as much beside its "
+        f"{other:.2f}, F(2x2, 2x2) would take {least - WINOGRAD + other:.2f} to {most - WINOGRAD + other:.2f}."
+    )
+
+
 def operations() -> str:
     """Each operation and competitor beside its reference."""
+    best = peaks()["copy GB/s"]
     return table(
-        ["operation", "case", "backend", "ms", "times the reference", "share of copy bandwidth"],
+        ["operation", "case", "competitor", "ms", "times the reference", "share of copy bandwidth"],
         [
             [
                 row["group"],
@@ -194,7 +223,7 @@ def operations() -> str:
                 row["provider"],
                 f"{1e3 * row['seconds']:.3f}",
                 str(Interval(*row["times_reference"])),
-                f"{100 * row['share of copy']:.0f} %" if "share of copy" in row else "-",
+                f"{100 * row['GB/s'] / best:.0f} %" if "GB/s" in row else "-",
             ]
             for row in pairs("operations")
         ],
@@ -217,8 +246,12 @@ def default_run() -> str:
 
 def goals() -> str:
     """What a CPU's speed shall be, and what was measured."""
-    layers = [row for row in pairs("layers") if row["provider"] == "cpu"]
-    found = [*wanted.of_steps(step_rows()), *wanted.of_layers(layers), *wanted.of_operations(pairs("operations"))]
+    best = peaks()
+    found = [
+        *wanted.of_steps(step_rows()),
+        *wanted.of_layers(layer_rows(), best),
+        *wanted.of_operations(pairs("operations"), best),
+    ]
     return table(["what", "goal", "measured", "at the peak", "reached"], [goal.line() for goal in found])
 
 
@@ -243,11 +276,11 @@ def instruction_sets() -> str:
 def measured_on() -> str:
     """Machine, versions and commits of the steps."""
     found = step_data()
-    env, best = found[0]["environment"], best_of(*(data["peaks"] for data in found))
-    peaks = ", ".join(f"{rate:.0f} {name}" for name, rate in best.items())
+    env = found[0]["environment"]
+    rates = ", ".join(f"{rate:.0f} {name}" for name, rate in peaks().items())
     commits = ", ".join(sorted({data["environment"]["commit"] for data in found}))
     return (
-        f"Measured on {env['machine']} ({env['capability']}; measured peaks: {peaks}) with PyTorch "
+        f"Measured on {env['machine']} ({env['capability']}; measured peaks: {rates}) with PyTorch "
         f"{env['versions']['torch']}, commits {commits}."
     )
 
@@ -268,6 +301,7 @@ TABLES = {
         profile,
         memory,
         layers,
+        middle_layers,
         operations,
         default_run,
         instruction_sets,

@@ -1,5 +1,8 @@
 """Which fast convolutions could run on bf16 products, such as AVX-512's `vdpbf16ps`, within the rule of tolerance:
-`python benchmarks/winograd_bf16.py` writes the table of docs/speed.md (a minute).
+`python benchmarks/winograd_bf16.py` computes the table of docs/speed.md and writes it there (a minute).
+
+The rule lets a kernel err twice as much as PyTorch. Winograd's F(2x2, 2x2) in bf16 is granted three times PyTorch's RMS
+error, if that is said where users look; its maximum is held to the rule.
 
 Everything is plain PyTorch. The operands of a 4x4 stride-2 convolution are bf16, as autocast makes them; Winograd's
 transforms are computed in fp32 and rounded to bf16 once, where the product takes them; products are summed in fp32, and
@@ -16,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan.tolerance import errors, misses
+from fastgan.tolerance import FACTOR, Errors, errors, misses, ulp
 
 PAGE = Path(__file__).parent.parent / "docs" / "speed.md"
 CHANNELS = (64, 128, 256, 512)
 SIDE, IMAGES = 8, 4  # of the convolution's result
+GRANTED = 3.0  # times PyTorch's RMS error, to F(2x2, 2x2) alone
+PASSES, BY_GRANT, REFUSED = "", " *granted*", " **no**"  # the marks of the table, from right to wrong
 TAPS = 2  # a 4x4 stride-2 convolution is one of 2x2 taps over the four parities of its input
 
 
@@ -49,6 +54,7 @@ class Algorithm(NamedTuple):
     columns: Map
     terms: int = 1  # bf16 numbers that stand for a transformed weight
     operands: torch.dtype = torch.bfloat16  # of the products
+    granted: bool = False  # GRANTED holds
 
     def products(self) -> float:
         """Multiplications beside the definition's."""
@@ -61,7 +67,7 @@ class Algorithm(NamedTuple):
 ALGORITHMS = (
     Algorithm("direct", DIRECT, DIRECT),
     Algorithm("F(2, 2) along columns", DIRECT, F2),
-    Algorithm("F(2x2, 2x2)", F2, F2),
+    Algorithm("F(2x2, 2x2)", F2, F2, granted=True),
     Algorithm("F(2x2, 2x2), weights of two terms", F2, F2, terms=2),
     Algorithm("F(2x4, 2x2)", F2, F4),
     Algorithm("F(2x4, 2x2), fp32 products: ours", F2, F4, operands=torch.float32),
@@ -155,21 +161,30 @@ def own(x: Tensor, w: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"forward": F.conv2d(x, w, stride=2, padding=1), "input gradient": dx, "weight gradient": dw}
 
 
-def measured(channels: int) -> dict[str, dict[str, tuple[float, float, bool]]]:
-    """Of each algorithm and pass: RMS and maximum error beside PyTorch's, and whether the rule lets it through."""
+def mark(algorithm: Algorithm, got: Tensor, theirs: Tensor, truth: Tensor) -> str:
+    """Whether the rule, or what is granted beside it, lets a result through."""
+    if misses(got, theirs, truth) is None:
+        return PASSES
+    mine, other = errors(got, truth), errors(theirs, truth)
+    most = Errors(GRANTED * other.rms, FACTOR * other.max + ulp(truth.abs().max().item(), got.dtype))
+    return BY_GRANT if algorithm.granted and mine.rms <= most.rms and mine.max <= most.max else REFUSED
+
+
+def measured(channels: int) -> dict[str, dict[str, tuple[float, float, str]]]:
+    """Of each algorithm and pass: RMS and maximum error beside PyTorch's, and its mark."""
     torch.manual_seed(channels)
     x = F.leaky_relu(torch.randn(IMAGES, channels, 2 * SIDE, 2 * SIDE), 0.2).bfloat16()
     w = (0.02 * torch.randn(channels, channels, 4, 4)).bfloat16()
     g = torch.randn(IMAGES, channels, SIDE, SIDE).bfloat16()
     truth, theirs = own(x.double(), w.double(), g.double()), own(x, w, g)
-    found: dict[str, dict[str, tuple[float, float, bool]]] = {}
+    found: dict[str, dict[str, tuple[float, float, str]]] = {}
     for algorithm in ALGORITHMS:
         found[algorithm.name] = {}
         for name, result in passes(x.float(), w.float(), g.float(), algorithm).items():
             got = result.bfloat16()
             mine, other = errors(got, truth[name]), errors(theirs[name], truth[name])
-            right = misses(got, theirs[name], truth[name]) is None
-            found[algorithm.name][name] = (mine.rms / other.rms, mine.max / other.max, right)
+            said = mark(algorithm, got, theirs[name], truth[name])
+            found[algorithm.name][name] = (mine.rms / other.rms, mine.max / other.max, said)
         print(channels, algorithm.name, found[algorithm.name], flush=True)
     return found
 
@@ -182,8 +197,9 @@ def table() -> str:
     for algorithm in ALGORITHMS:
         line = [algorithm.name, f"{algorithm.products():.2f}"]
         for name in heads[2:]:
-            rms, top, right = zip(*(found[algorithm.name][name] for found in every), strict=True)
-            line.append(f"{max(rms):.2f}, {max(top):.2f}{'' if all(right) else ' **no**'}")
+            rms, top, marks = zip(*(found[algorithm.name][name] for found in every), strict=True)
+            worst = max(marks, key=(PASSES, BY_GRANT, REFUSED).index)
+            line.append(f"{max(rms):.2f}, {max(top):.2f}{worst}")
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,4 +1,5 @@
-// The activation of a block, phi, shared by the CUDA kernels, the CPU kernels and the host SIMT runtime.
+// The activation of a block, phi, shared by the CUDA kernels and the host SIMT runtime;
+// csrc/cpu/block.h has the same on registers.
 // slope 0 is ReLU, 1 the identity, anything else LeakyReLU; as in PyTorch, NaN stays NaN and ReLU maps -inf to 0.
 #pragma once
 

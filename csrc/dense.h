@@ -6,6 +6,7 @@ namespace fastgan {
 
 template <class Tensor>
 bool is_dense(const Tensor& t) {
+  if (t.numel() == 0) return true;
   int64_t filled = 1;  // elements, by the dimensions found so far
   for (int64_t found = 0; found < t.dim(); found++) {
     bool grew = false;

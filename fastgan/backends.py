@@ -195,12 +195,6 @@ def why_not(backend: str, operation: str = "bn_act", device: str | None = None, 
     return None
 
 
-def available() -> dict[str, str | None]:
-    """Each backend with None where it can run on this machine, else the reason and what to do."""
-    import_module("fastgan.ops")
-    return {backend: why_not(backend) for backend in BACKENDS}
-
-
 # --- the choice -----------------------------------------------------------------------------------
 
 _forced: str | None = os.environ.get("FASTGAN_BACKEND") or None

@@ -35,7 +35,7 @@ _HERE = Path(__file__).resolve().parent
 CSRC = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if p.is_dir()), _HERE / "csrc")
 
 # A chain, each set holding the one before it. `csrc/cpu/*.isa.cpp` is compiled once per set, the rest once.
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX2 = ("-mavx2", "-mfma")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "avx2": _AVX2,

@@ -1,11 +1,22 @@
-"""Writing files so that readers, crashes and full disks never leave half of one."""
+"""Writing files: where it can be done, and so that readers, crashes and full disks never leave half of one."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastgan.errors import FastganError
+
 MARK = ".writing"
+
+
+def check_place(path: Path, option: str) -> None:
+    """FastganError where `path`, which `option` gave, cannot become a file: to be asked before the work that it shall
+    hold."""
+    if path.is_dir():  # the empty name is the folder `.`
+        raise FastganError(f"{option}: expected the name of a file, got the folder {path}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise FastganError(f"{option}: {path.parent} is not a folder that can be written to")
 
 
 @contextmanager

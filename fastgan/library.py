@@ -60,35 +60,53 @@ def _check_instruction_set() -> None:
         raise FastganError("".join(str(error).partition("FASTGAN_CPU")[1:])) from None
 
 
-def status(library: str) -> str:
-    """One sentence for `python -m fastgan.info`: where `library` comes from or why it is missing. Never builds."""
-    if library in _outcomes:
-        failure = _outcomes[library]
-        return "loaded" if failure is None else str(failure)
-    record, reason = _prebuilt(library)
-    if record is not None:
-        return f"built at install ({_summary(record)})"
+def status(library: str) -> tuple[bool, str]:
+    """(whether `load` would have to build `library` first, where it comes from or why it is missing), for
+    `python -m fastgan.info`. Never builds."""
+    if (failure := _outcomes.get(library)) is not None:
+        return False, str(failure)
     try:
-        parameters = build.get_build_parameters(library)
+        path, reason = _find(library)
     except build.BuildError as error:
-        return f"not available: {error}"
-    if (_jit_folder(parameters) / _record_name(library)).is_file():
-        return f"built just in time before ({reason})"
-    return f"will be built just in time at its first use ({reason})"
+        return False, f"not available: {error}"
+    return (True, f"will be built just in time at its first use ({reason})") if path is None else (False, reason)
+
+
+def _find(library: str) -> tuple[Path | None, str]:
+    """(its file, where it comes from), or (None, why it has to be built now); BuildError where neither will do."""
+    reason = "FASTGAN_JIT=1"
+    if not _asked_anew():
+        record, reason = _prebuilt(library)
+        if record is not None:
+            return _package_file(build.library_filename(library)), f"built at install ({_summary(record)})"
+        if os.environ.get("FASTGAN_JIT") == "0":
+            raise build.BuildError(f"{reason}, and FASTGAN_JIT=0 forbids building it now. Install fastgan again.")
+    folder = _jit_folder(build.get_build_parameters(library))
+    if (folder / _record_name(library)).is_file():
+        return folder / build.library_filename(library), f"built just in time before ({reason})"
+    if not _asked_anew():
+        _raise_remembered(folder)
+    return None, reason
 
 
 def _find_or_build(library: str) -> Path:
+    path, reason = _find(library)
+    return path or build_just_in_time(library, reason, retry=_asked_anew())
+
+
+def _asked_anew() -> bool:
+    """Whether FASTGAN_JIT asks for a just-in-time library whatever was installed, and whatever failed before."""
     jit = os.environ.get("FASTGAN_JIT", "")
     if jit not in ("", "0", "1"):
         raise build.BuildError(f"FASTGAN_JIT must be 0 or 1, got {jit!r}")
-    reason = "FASTGAN_JIT=1"
-    if jit != "1":
-        record, reason = _prebuilt(library)
-        if record is not None:
-            return _package_file(build.library_filename(library))
-        if jit == "0":
-            raise build.BuildError(f"{reason}, and FASTGAN_JIT=0 forbids building it now. Install fastgan again.")
-    return build_just_in_time(library, reason, retry=jit == "1")
+    return jit == "1"
+
+
+def _raise_remembered(folder: Path) -> None:
+    failure = folder / _FAILURE
+    if failure.is_file():
+        error = json.loads(failure.read_text())["error"]
+        raise build.BuildError(f"{error} (remembered from an earlier try; FASTGAN_JIT=1 tries again)")
 
 
 def _discard(path: Path, library: str, error: BaseException) -> str:
@@ -176,9 +194,8 @@ def build_just_in_time(library: str, reason: str, retry: bool = False) -> Path:
     with _lock(folder.with_suffix(".lock"), library):
         if record.is_file():  # another process built it while this one waited
             return output
-        if failure.is_file() and not retry:
-            error = json.loads(failure.read_text())["error"]
-            raise build.BuildError(f"{error} (remembered from an earlier try; FASTGAN_JIT=1 tries again)")
+        if not retry:
+            _raise_remembered(folder)
         start = time.monotonic()
         count = len(parameters.units)
         _say(f"building the {library} library ({reason}): {count} files into {folder}")

@@ -1,14 +1,33 @@
 """What several tests share: a tiny data set and configurations of a second's training."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
-import triton_device  # noqa: F401  Triton's kernels see at import whether they are interpreted
-from convolution_cases import chains_of_fp32_are_cut, full_precision, small_tiles  # noqa: F401  fixtures likewise
 from pair import pair  # noqa: F401  two processes in one group
 from planted import planted_kernels  # noqa: F401  a fixture of the kernels' tests
 
 from fastgan import backends
 from fastgan.train import preset
+
+if find_spec("triton") is not None:
+    import triton_device  # noqa: F401  Triton's kernels see at import whether they are interpreted
+    from convolution_cases import chains_of_fp32_are_cut, full_precision, small_tiles  # noqa: F401  fixtures likewise
+else:
+
+    class WithoutTriton(pytest.Module):
+        """A module of tests that is skipped where it cannot be imported without Triton."""
+
+        def collect(self):
+            try:
+                return super().collect()
+            except self.CollectError as error:
+                if getattr(error.__cause__, "name", None) != "triton":
+                    raise
+                pytest.skip("Triton is not installed (Linux: pip install triton)", allow_module_level=True)
+
+    def pytest_pycollect_makemodule(module_path, parent):
+        return WithoutTriton.from_parent(parent, path=module_path)
 
 
 @pytest.fixture(autouse=True)

@@ -97,6 +97,7 @@ int main() {
     ok &= run(2, 17, 24, 5, 6, true, channels_last);
     ok &= run(3, 64, 130, 6, 8, false, channels_last);
     ok &= run(5, 33, 128, 8, 8, false, channels_last);
+    ok &= run(3, 8, 8, 72, 72, true, channels_last);  // in steps of some images
   }
   std::printf(ok ? "all right\n" : "some are WRONG\n");
   return !ok;

@@ -171,6 +171,15 @@ def test_cpu_kernel_without_ema_and_in_any_dense_layout():
     assert torch.equal(lists[4][0], before)
 
 
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_parameter_without_elements_is_left_as_it_is(backend):
+    lists = network(shapes=[(3, 0), (5,)])
+    before = lists[0][1].clone()
+    adam_ema(*lists, torch.ones(1), **OPTIONS, backend=backend)
+    assert lists[0][0].shape == (3, 0)
+    assert not torch.equal(lists[0][1], before)
+
+
 def test_16_bits_are_the_definitions_or_an_error():
     half = network(torch.bfloat16, shapes=[(5,)])
     with pytest.raises(

@@ -382,11 +382,3 @@ def test_only_the_kernels_that_were_measured_are_taken(monkeypatch, measured_ker
             else ("eager", f"its {measured_kernels} kernels were measured faster, those that run here are {runs}")
         )
         backends._choices.clear()
-
-
-def test_available_gives_each_backend_and_its_reason():
-    found = backends.available()
-    assert list(found) == list(backends.BACKENDS)
-    assert found["eager"] is None
-    if not torch.cuda.is_available():
-        assert "CUDA" in found["cuda"]

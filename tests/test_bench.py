@@ -22,6 +22,7 @@ from fastgan.nn import Discriminator
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import bench_gan_bce  # noqa: E402
 import goals  # noqa: E402
 import measured_cpu  # noqa: E402
 import readme_table  # noqa: E402
@@ -98,21 +99,67 @@ def test_full_run_has_every_competitor_and_its_memory(tiny_cases, tmp_path):
         (["--device", "cuda:99"], "finds"),
         (["--json", "missing/new.json"], "missing is not a folder"),
         (["--plot", "missing/new.png"], "missing is not a folder"),
+        (["--json", "text.json/new.json"], "text.json is not a folder"),
+        (["--json", "."], "--json: expected the name of a file, got the folder ."),
+        (["--json", ""], "--json: expected the name of a file, got the folder ."),
+        (["--plot", "."], "--plot: expected the name of a file, got the folder ."),
         (["--compare", "missing.json"], "missing.json: No such file"),
         (["--compare", "text.json"], "text.json: not JSON"),
         (["--compare", "list.json"], "list.json: expected benchmark data of format 1, got None"),
+        (["--compare", "empty.json"], "empty.json: not what --json wrote (KeyError: 'rows')"),
+        (["--compare", "number.json"], "number.json: not what --json wrote (TypeError: rows are a list, not int)"),
+        (["--compare", "row.json"], "row.json: not what --json wrote (KeyError: 'stock')"),
+        (["--compare", "rounds.json"], "rounds.json: not what --json wrote (ValueError: "),
     ],
 )
 def test_bad_arguments_end_with_2_before_anything_is_measured(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.json").write_text("no data")
     (tmp_path / "list.json").write_text(json.dumps([]))
+    shorter = {"case": "tiny", "seconds": {"stock": [1.0, 1.0], "fastgan": [1.0]}}
+    for name, given in {
+        "empty": {},
+        "number": {"rows": 3},
+        "row": {"rows": [{"case": "tiny", "seconds": {}}]},
+        "rounds": {"rows": [shorter]},
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"format": results.FORMAT, **given}))
     monkeypatch.setattr(command, "peaks", lambda device: pytest.fail("it measured"))
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_was_measured_is_kept_when_a_later_case_fails(tiny_cases, tmp_path, monkeypatch):
+    file, picture = tmp_path / "new.json", tmp_path / "new.png"
+    measure = results.measure
+
+    def broken(case, *others):
+        if case.precision == "bf16":
+            raise KeyboardInterrupt
+        return measure(case, *others)
+
+    monkeypatch.setattr(results, "measure", broken)
+    assert command.main(["--quick", "--rounds", "6", "--json", str(file), "--plot", str(picture)]) == 130
+    rows = results.read(file)["rows"]
+    assert [measured["case"] for measured in rows] == ["tiny"]
+    assert plot.drawn_from(picture) == plot.digest(rows)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "its process ended with SIGKILL"),
+        ("raise MemoryError('no more')", "its process ended with exit code 1. MemoryError: no more"),
+    ],
+)
+def test_a_process_that_dies_costs_its_own_figure_alone(code, message, monkeypatch, capsys):
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda _, **options: run([sys.executable, "-c", code], **options))
+    assert results.measure_memory(TINY, CPU, ["stock"])["peak_bytes"] == {"stock": None}
+    assert f"no peak memory of stock in tiny: {message}" in capsys.readouterr().err
 
 
 def test_unknown_options_end_with_2():
@@ -216,6 +263,25 @@ def test_benchmarks_run():
     assert " passed" in done.stdout
 
 
+@pytest.mark.parametrize("one", [bench_gan_bce.definition, bench_gan_bce.operation, bench_gan_bce.nothing])
+def test_competitors_of_gan_bce_return_all_that_it_is(one):
+    """A compiler that sees D(x) and D(G(z)) dropped does not compute them."""
+    torch.manual_seed(0)
+    logits = [torch.randn(16, requires_grad=True) for _ in range(2)]
+    loss, *numbers = one(*logits)
+    assert [number.requires_grad for number in (loss, *numbers)] == [True, True, True, False, False]
+    assert all(gradient.shape == (16,) for gradient in torch.autograd.grad(loss, logits))
+    if one is not bench_gan_bce.nothing:
+        torch.testing.assert_close([loss, *numbers], [*bench_gan_bce.definition(*logits)])
+
+
+def test_benchmarks_that_cannot_be_written_are_not_measured(tmp_path):
+    options = ["--collect-only", "--rows", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "pytest", str(BENCHMARKS), *options], capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert f"--rows: expected the name of a file, got the folder {tmp_path}" in done.stderr
+
+
 class TestShownTables:
     @pytest.mark.parametrize("page", readme_table.PAGES, ids=lambda page: page.name)
     def test_pages_show_the_committed_data(self, page):
@@ -238,8 +304,8 @@ class TestShownTables:
         assert goals.Goal("x", 0.5, 0.5, most=True).line()[-1] == "yes"
         operation = {"group": "gan_bce both", "name": "64", "provider": "cpu", "times_reference": [1.5, 1.4, 1.6]}
         bound = operation | {"provider": "no kernel", "times_reference": [1.9, 1.8, 2.0]}
-        copying = operation | {"group": "bn_act both", "times_reference": [1.2, 1.1, 1.3], "share of copy": 0.4}
-        found = goals.of_operations([operation, bound, copying])
+        copying = operation | {"group": "bn_act both", "times_reference": [1.2, 1.1, 1.3], "GB/s": 4.0}
+        found = goals.of_operations([operation, bound, copying], RATES)
         assert [(goal.measured, pytest.approx(goal.limit)) for goal in found] == [(1.5, 1.9), (1.2, 3.0), (0.4, 1.0)]
         layer = {"group": "forward", "seconds": 1.0, "GFLOP/s": 90.0}
         rows = [
@@ -250,11 +316,38 @@ class TestShownTables:
             layer | {"name": "DCGAN-64 D5 512-1 to 1x1", "times_reference": [1.0, 1.0, 1.0]},
             layer | {"name": "DCGAN-64 G1 100-512 to 4x4", "times_reference": [1.0, 1.0, 1.0]},
         ]
-        found = [(goal.what.split(",")[0], goal.measured) for goal in goals.of_layers(rows)]
+        found = [(goal.what.split(",")[0], goal.measured) for goal in goals.of_layers(rows, RATES)]
         mean, short, thin = found
         assert mean[1] == pytest.approx((2.0 + 3 * 1.3) / 4)
         assert short == ("middle: DCGAN-64 G3 256-128 to 16x16", 1.3)
         assert thin == ("thin: DCGAN-64 G5 64-3 to 64x64", 3.0)  # at D1 the library is fast
+
+    @pytest.mark.parametrize("phase", [1.0, 1.3])
+    def test_a_thin_layer_that_falls_short_is_shown_however_fast_the_machine_runs(self, phase):
+        """The library at 50 GFLOP/s where the machine's peak is 145."""
+        rates = {"GFLOP/s": 85.0 * phase, "times_reference": [1.7, 1.6, 1.8], "seconds": 1.0}
+        (goal,) = goals.of_layers(
+            [{"group": "weight gradient", "name": "DCGAN-64 G5 64-3 to 64x64", **rates}],
+            {"fp32 GFLOP/s": 145.0 * phase},
+        )
+        assert goal.line()[-1] == "**no**"
+        assert goal.limit == pytest.approx(1.7 * 145 / 85)
+
+    def test_every_share_is_of_the_peaks_in_the_header(self):
+        header = readme_table.measured_on()
+        for name, shown, rate in (("fp32 GFLOP/s", readme_table.layers(), 3), ("copy GB/s", "", 0)):
+            peak = float(re.search(rf"(\d+) {name}", header)[1])
+            assert peak == round(readme_table.peaks()[name])
+            for line in shown.splitlines()[2:]:
+                cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+                assert int(cells[rate + 1].split()[0]) == pytest.approx(100 * float(cells[rate]) / peak, abs=1)
+        moved = [
+            100 * row["GB/s"] / readme_table.peaks()["copy GB/s"]
+            for row in readme_table.pairs("operations")
+            if "GB/s" in row
+        ]
+        shares = [line.split(" | ")[-1].strip(" |") for line in readme_table.operations().splitlines()[2:]]
+        assert [share for share in shares if share != "-"] == [f"{one:.0f} %" for one in moved]
 
     def test_every_committed_row_is_a_case(self):
         assert {row["case"] for row in readme_table.step_rows()} <= {case.name for case in CASES}
@@ -293,7 +386,37 @@ class TestMeasuredOnCpu:
         assert found(slow, fast, fast._replace(median=1.2))["ratio"] == 1.2
         assert found(fast, fast, slow) is None
 
-    @pytest.mark.parametrize("operation", ["bn_act", "gan_bce"])
+    def test_rows_are_replaced_kept_and_dropped_line_by_line(self, tmp_path, monkeypatch):
+        """And none of them is lost by a run that ends early."""
+        fast, slow = pairing.Interval(1.5, 1.1, 2.0), pairing.Interval(0.9, 0.8, 1.0)
+        shapes = {size: [(8, 3, size, size)] for size in (4, 8, 16, 32)}
+        ratios = iter([fast, slow, fast])
+
+        def measure(operation, layout, shape, budget):
+            if (interval := next(ratios, None)) is None:
+                raise KeyboardInterrupt
+            return interval
+
+        table = tmp_path / "measured_cpu.json"
+        old = [measured_cpu.row("bn_act", "contiguous", [(shapes[size][0], fast)]) for size in (4, 8, 32)]
+        elsewhere = {**old[0], "capability": "of another machine"}
+        rows = [{**one, "ratio": 9.0} for one in (*old, elsewhere)]
+        table.write_text(json.dumps({"about": "x", "rows": rows}))
+        monkeypatch.setattr(measured_cpu, "TABLE", table)
+        monkeypatch.setattr(measured_cpu, "measure", measure)
+        monkeypatch.setattr(measured_cpu, "cases", lambda: [("bn_act", "contiguous", s) for s in shapes.values()])
+        monkeypatch.setattr(sys, "argv", ["measured_cpu.py"])
+        with pytest.raises(KeyboardInterrupt):
+            measured_cpu.main()
+        found = json.loads(table.read_text())
+        assert found["about"] == "x"
+        assert rows[-1] in found["rows"]
+        here = [row for row in found["rows"] if row["capability"] != elsewhere["capability"]]
+        # 4 replaced, 8 dropped as slower, 16 new, 32 not come to.
+        assert {row["shape"][2]: row["ratio"] for row in here} == {4: 1.5, 16: 1.5, 32: 9.0}
+        assert list(tmp_path.iterdir()) == [table]
+
+    @pytest.mark.parametrize("operation", ["bn_act", "gan_bce", "adam_ema"])
     def test_both_sides_compute_the_same(self, operation):
         name, layout, shapes = next(case for case in measured_cpu.cases() if case[0] == operation)
         passes = getattr(measured_cpu, f"{name}_passes")(shapes[0], layout)
@@ -314,9 +437,28 @@ class TestProductsInBf16:
 
     def test_the_page_says_which_forward_passes_the_rule_refuses(self):
         page = winograd_bf16.PAGE.read_text(encoding="utf-8").partition("<!-- winograd bf16 -->")[2]
-        said = {line.split(" | ")[0].strip("| "): "**no**" in line.split(" | ")[2] for line in page.splitlines()[4:10]}
+        cells = [line.split(" | ") for line in page.splitlines()[4:10]]
+        said = {cell[0].strip("| "): re.sub(r"[\d.]+, [\d.]+", "", cell[2]) for cell in cells}
         found = winograd_bf16.measured(64)
-        assert said == {name: not passes["forward"][2] for name, passes in found.items()}
+        assert said == {name: passes["forward"][2] for name, passes in found.items()}
+        assert said["F(2x2, 2x2)"] == winograd_bf16.BY_GRANT
+
+    def test_three_times_the_rms_error_is_granted_to_one_algorithm_alone(self):
+        truth = torch.linspace(0.5, 1.0, 64, dtype=torch.float64)
+        theirs = truth + 0.01
+        theirs[0] += 0.01  # their maximum is twice their usual error
+        granted, other = (next(a for a in winograd_bf16.ALGORITHMS if a.granted == yes) for yes in (True, False))
+        assert granted.name == "F(2x2, 2x2)"
+
+        def marks(error):
+            return [winograd_bf16.mark(one, (truth + error).float(), theirs.float(), truth) for one in (granted, other)]
+
+        assert marks(0.019) == ["", ""]
+        assert marks(0.025) == [" *granted*", " **no**"]
+        assert marks(0.035) == [" **no**", " **no**"]
+        spike = torch.full((64,), 0.025)
+        spike[0] = 0.045  # 2.25 times their maximum
+        assert marks(spike) == [" **no**", " **no**"]
 
 
 def test_run_length_comes_from_the_images_per_second():

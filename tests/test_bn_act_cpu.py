@@ -269,6 +269,51 @@ def test_nan_and_infinity_are_where_pytorch_has_them(kernels, slope, training, b
         torch.testing.assert_close(got, own, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("slope", [0.2, 0.0])
+def test_gradients_that_are_not_finite_go_where_pytorchs_go(kernels, slope, layout, training, bad):
+    """ReLU's dead units pass nothing on; at slope 0.2 everything that depends on it shows it."""
+    x, runs = torch.randn(2, 3, 4, 4).to(memory_format=layout), []
+    x[1, 1, 2, 3] = -9
+    dz = torch.randn(2, 3, 4, 4)
+    dz[1, 1, 2, 3] = bad
+    for backend in ("eager", "cpu"):
+        leaves = [t.clone().requires_grad_() for t in (x, torch.ones(3), torch.zeros(3))]
+        how = {"training": training, "negative_slope": slope, "backend": backend}
+        z = bn_act(leaves[0], torch.zeros(3), torch.ones(3), *leaves[1:], **how)
+        runs.append(torch.autograd.grad(z, leaves, dz))
+    for own, got in zip(*runs, strict=True):
+        assert torch.equal(got.isfinite(), own.isfinite())
+        if slope == 0:
+            assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_one_channel_is_one_row_in_either_layout(kernels, layout):
+    """The same bits as of the same numbers in a row: as columns of one value they took thirty times as long."""
+    y, dz = (torch.randn(3, 1, 20, 30).to(memory_format=layout) for _ in range(2))
+    args = (torch.ones(1), torch.zeros(1))
+    row = kernels.bn_act_train(y.reshape(1, 1, -1), *args, None, None, 0.1, 1e-5, 0.2)
+    own = kernels.bn_act_train(y, *args, None, None, 0.1, 1e-5, 0.2)
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(own, row, strict=True))
+    rest = (*args, own[1], own[2], 1e-5, 0.2, True, True, True)
+    row, own = kernels.bn_act_grad(dz.reshape(1, 1, -1), y.reshape(1, 1, -1), *rest), kernels.bn_act_grad(dz, y, *rest)
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(own, row, strict=True))
+
+
+def test_gan_bce_in_fp32_over_the_whole_range(kernels):
+    """Each logit alone, where nothing averages out: a few ulp, down to the subnormal numbers."""
+    eager = backends.kernel("eager", "gan_bce")
+    for x in torch.cat([torch.linspace(-104, 104, 417), torch.linspace(-3, 3, 121)]):
+        stats, _, grad = kernels.gan_bce(None, x[None], 1.0, 1.0)
+        truth, _, slope = eager(None, x[None].double(), 1.0, 1.0)
+        torch.testing.assert_close(stats[1::2].double(), truth[1::2], rtol=5e-7, atol=3e-45)
+        torch.testing.assert_close(grad.double(), -(-x[None].double()).sigmoid(), rtol=5e-7, atol=3e-45)
+        assert slope.shape == grad.shape
+
+
 @pytest.mark.parametrize("changes", [{3: None}, {1: torch.ones(4)}, {2: torch.ones(3, dtype=torch.float64)}])
 def test_wrong_arguments_are_refused(kernels, changes):
     args = list(whole_arguments("bn_act_train", (2, 3, 5, 7), "contiguous", torch.float32))

@@ -184,7 +184,7 @@ def test_failure_is_raised_again_at_no_cost(monkeypatch):
         with pytest.raises(BackendError, match="the cpu library is not available: nothing works"):
             library.load("cpu")
     assert calls == ["cpu"]
-    assert library.status("cpu") == "the cpu library is not available: nothing works"
+    assert library.status("cpu") == (False, "the cpu library is not available: nothing works")
 
 
 def test_library_that_does_not_load_is_explained_and_not_kept(tmp_path, monkeypatch):

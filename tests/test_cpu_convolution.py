@@ -26,6 +26,10 @@ SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd
     (2, 4, 40, 7, 1, True),
     (3, 1, 130, 4, 2, False),
     (1, 3, 20, 2, 70, True),
+    (1, 2, 16, 1, 70, False),
+    # More than 8 MB of operands, which are walked in steps of some images.
+    (3, 16, 16, 80, 80, False),
+    (3, 8, 8, 72, 72, True),
 ]
 
 
@@ -86,7 +90,7 @@ def test_all_directions_are_as_right_as_the_library(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_schemes_compute_the_definition_in_fp64(shape, scheme, dtype):
     large, small, weight = sides(*shape, dtype)
-    close = {"rtol": 1e-12, "atol": 1e-12}
+    close = {"rtol": 1e-12, "atol": 1e-11}  # weight gradients are sums of up to 19,200 terms
     torch.testing.assert_close(
         convolve([large], weight, False, small.shape[2:], scheme)[0], to_small(large, weight), **close
     )
@@ -195,6 +199,34 @@ def test_statistics_are_those_of_the_stored_output(to_large, offset):
     torch.testing.assert_close(sums[1].double() / (y.numel() // y.shape[1]), var, rtol=2e-5, atol=0)
 
 
+def test_a_thin_weight_gradient_of_more_images_than_are_kept():
+    large, small, weight = sides(131, 3, 8, 2, 2, False)
+    got = torch.ops.fastgan_cpu.weight_gradient(large, None, None, 1.0, small, None, None, 1.0, False, AUTOMATIC)
+    own, truth = gradients(large, small, weight)[1], gradients(large.double(), small.double(), weight.double())[1]
+    assert_as_right_as_torch(got, own, truth)
+
+
+def test_a_thread_alone_takes_images_on_its_own():
+    """With more threads they share each product of the larger batches above instead."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for shape in [(9, 17, 130, 3, 6, True), (9, 24, 20, 4, 5, False)]:
+            test_all_directions_are_as_right_as_the_library(shape, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_relu_stops_gradients_that_are_not_finite():
+    """Where every unit is dead, the sums of the finished gradient are 0, whatever comes from above."""
+    large, small, weight = sides(1, 32, 32, 4, 4, False)
+    small[0, 3, 2, 1], small[0, 4, 0, 0] = float("inf"), float("nan")
+    constants = torch.stack([torch.zeros(32), torch.ones(32), torch.full((32,), -100.0), torch.ones(32)])
+    g, sums = convolve([small], weight, True, large.shape[2:], output=(large, constants, 0.0))
+    assert not g.any()
+    assert not sums.any()
+
+
 @pytest.mark.parametrize("channels", [3, 64])
 def test_bits_do_not_depend_on_the_number_of_threads(channels):
     """Nor on whether a thread takes images on its own, as one alone does with 5, or all share each product."""
@@ -287,3 +319,61 @@ def test_wrong_layout_and_dtype_are_named():
         convolve([torch.randn(2, 4, 6, 6)], torch.randn(8, 4, 4, 4), False, (3, 3))
     with pytest.raises(RuntimeError, match="weight must have the dtype"):
         convolve([channels_last(2, 4, 6, 6)], torch.randn(8, 4, 4, 4).double(), False, (3, 3))
+
+
+FINE = (channels_last(2, 4, 6, 6), None, None, 1.0, torch.randn(8, 4, 4, 4), False, 3, 3, 0, None, None, 1.0, 0)
+CONSTANTS, OTHER = torch.randn(4, 4), channels_last(2, 8, 3, 3)
+BOTH = (channels_last(2, 4, 6, 6), None, None, 1.0, OTHER, None, None, 1.0, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("operator", "changes", "message"),
+    [
+        ("convolve", {0: torch.randn(4, 6, 6)}, "input and weight must have 4 dimensions"),
+        ("convolve", {0: channels_last(2, 4, 6, 6).bfloat16()}, "input must be float32 or float64"),
+        ("convolve", {0: channels_last(2, 0, 6, 6), 4: torch.randn(8, 0, 4, 4)}, "at least one channel.*got 0 and 8"),
+        ("convolve", {4: torch.randn(0, 4, 4, 4)}, "at least one channel.*got 4 and 0"),
+        ("convolve", {1: channels_last(2, 4, 6, 6)}, "a second operand needs constants"),
+        ("convolve", {2: torch.randn(12, 4)}, "3 sets of constants must divide the batch, got 2 images"),
+        ("convolve", {2: torch.randn(3, 4)}, r"constants must have shape \[4, 4\]"),
+        ("convolve", {8: 3}, "statistics are of equal parts of the batch, got 3 parts of 2 images"),
+        ("convolve", {9: OTHER}, "output_y and output_constants come together"),
+        ("convolve", {8: 1, 9: OTHER, 10: torch.randn(4, 8)}, "statistics and output_y exclude each other"),
+        ("convolve", {9: CONSTANTS, 10: torch.randn(4, 8)}, "output_y must have shape"),
+        ("convolve", {12: 7}, "scheme must be 0, 1 or 2, got 7"),
+        ("weight_gradient", {4: torch.randn(8, 3, 3)}, "both sides must have 4 dimensions"),
+        ("weight_gradient", {4: channels_last(2, 0, 3, 3)}, "at least one channel.*got 4 and 0"),
+        ("weight_gradient", {4: channels_last(3, 8, 3, 3)}, "small side must have shape"),
+        ("weight_gradient", {4: channels_last(2, 8, 2, 3)}, "must be twice the small one or one more, got 6 and 2"),
+        ("weight_gradient", {9: -1}, "scheme must be 0, 1 or 2, got -1"),
+    ],
+)
+def test_wrong_operands_are_refused(operator, changes, message):
+    args = [changes.get(i, value) for i, value in enumerate(FINE if operator == "convolve" else BOTH)]
+    with pytest.raises(RuntimeError, match=f"{operator}: .*{message}"):
+        getattr(torch.ops.fastgan_cpu, operator)(*args)
+
+
+def test_block_constants_refuse_what_they_would_misread():
+    ops, sums = torch.ops.fastgan_cpu, torch.randn(2, 4)
+
+    def constants(sums=sums, count=8, weight=None, running=(None, None)):
+        return ops.block_constants(sums, count, weight, None, 1e-5, *running, [0.1])
+
+    for changes, message in [
+        ({"sums": sums.bfloat16()}, "sums must be float32 or float64"),
+        ({"sums": torch.randn(4, 4)}, r"sums must have shape \[2, 4\]"),
+        ({"weight": torch.ones(3)}, r"weight must have shape \[4\]"),
+        ({"weight": torch.ones(4).double()}, "weight must have the dtype"),
+        ({"running": (torch.zeros(4), None)}, "running_mean and running_var come together"),
+        (
+            {"count": 1, "running": (torch.zeros(4), torch.ones(4))},
+            "the running variance needs more than 1 value per channel",
+        ),
+    ]:
+        with pytest.raises(RuntimeError, match=f"block_constants: {message}"):
+            constants(**changes)
+    with pytest.raises(RuntimeError, match=r"constants must have shape \[4, 4\]"):
+        ops.block_gradient_constants(sums, torch.randn(8, 4), 8)
+    with pytest.raises(RuntimeError, match="sums must be float32 or float64"):
+        ops.block_gradient_constants(sums.bfloat16(), torch.randn(4, 4).bfloat16(), 8)

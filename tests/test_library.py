@@ -1,6 +1,7 @@
 """The compiled libraries load, and say which instruction set they run."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -100,3 +101,29 @@ def test_unknown_library_lists_the_known_ones(monkeypatch):
     monkeypatch.setattr(library, "_outcomes", {})
     with pytest.raises(BackendError, match=r"library must be one of cpu, cuda, simt; got 'tpu'"):
         library.load("tpu")
+
+
+PLANTED = """
+#include <bit>
+typedef float Floats __attribute__((vector_size(32)));
+typedef int Ints __attribute__((vector_size(32)));
+Ints bits(Floats x) { return std::bit_cast<Ints>(x); }
+"""
+
+
+@pytest.mark.parametrize("stem", ["adam_ema", "bn_act", "convolution", "gan_bce", "planted"])
+def test_no_instruction_sets_share_a_function_that_takes_registers(stem, tmp_path):
+    """The linker keeps one of a standard template's copies, and sets do not pass registers alike. Inlining hides it."""
+    name = "gan_bce" if stem == "planted" else stem
+    units = build.get_build_parameters("cpu").units
+    unit = next((u for u in units if u.object == f"cpu_{name}.isa.cpp.avx2.o"), None)
+    if unit is None or shutil.which("nm") is None:
+        pytest.skip("needs a compiler for AVX2 and nm")
+    source, compiled = unit.source, tmp_path / "kernels.o"
+    if stem == "planted":
+        source = tmp_path / "planted.cpp"
+        source.write_text(PLANTED)
+    subprocess.run([*unit.command, "-O0", "-c", source, "-o", compiled], check=True)
+    listed = subprocess.run(["nm", "-C", compiled], capture_output=True, text=True, check=True).stdout
+    shared = [x for x in listed.splitlines() if " W " in x and "__vector(" in x and "fastgan::cpu::avx2::" not in x]
+    assert bool(shared) == (stem == "planted"), shared

@@ -73,3 +73,13 @@ def test_unknown_names_are_attribute_errors():
 
 def test_requirements_name_ranges_not_pins():
     assert not re.search(r'"[\w-]+==', (ROOT / "pyproject.toml").read_text())
+
+
+def test_tests_are_collected_without_triton():
+    """A torch without CUDA does not bring it; what cannot be imported then is skipped by name."""
+    hide = "import sys, pytest; sys.modules['triton'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", hide, "--collect-only", "-q", "-rs", str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "Triton is not installed" in done.stdout
+    assert re.search(r"test_train\.py: \d+", done.stdout)

@@ -13,14 +13,13 @@ using torch::headeronly::ScalarType;
 
 template <class T>
 T* checked(const char* list, size_t i, const Tensor& t, const Tensor& param, ScalarType type) {
-  std::string name = std::string("adam_ema: ") + list + "[" + std::to_string(i) + "]";
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor");
-  STD_TORCH_CHECK(t.scalar_type() == type, name, " must have the dtype of params[0]");
-  bool same = t.dim() == param.dim();
-  for (int64_t d = 0; same && d < t.dim(); d++) same = t.size(d) == param.size(d) && (t.size(d) == 1 || t.stride(d) == param.stride(d));
-  STD_TORCH_CHECK(same, name, " must have the shape and strides of params[", i, "], ", text(shape_of(param)), ", got ",
-                  text(shape_of(t)));
-  STD_TORCH_CHECK(is_dense(t), name, " must be dense: its elements fill memory without gaps");
+  STD_TORCH_CHECK(t.is_cpu(), "adam_ema: ", list, "[", i, "] must be a CPU tensor");
+  STD_TORCH_CHECK(t.scalar_type() == type, "adam_ema: ", list, "[", i, "] must have the dtype of params[0]");
+  auto sizes = param.sizes(), strides = param.strides(), own = t.strides();
+  bool same = has_shape(t, param.sizes());
+  for (size_t d = 0; same && d < sizes.size(); d++) same = sizes[d] == 1 || own[d] == strides[d];
+  STD_TORCH_CHECK(same, "adam_ema: ", list, "[", i, "] must have the shape and strides of params[", i, "], ",
+                  text(shape_of(param)), ", got ", text(shape_of(t)));
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
@@ -42,6 +41,7 @@ void adam_ema(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
     std::vector<AdamTensor<T>> tensors;
     for (size_t i = 0; i < count; i++) {
       const Tensor& param = params[i];
+      STD_TORCH_CHECK(is_dense(param), "adam_ema: params[", i, "] must be dense: its elements fill memory without gaps");
       tensors.push_back({checked<T>("params", i, param, param, type), checked<T>("grads", i, grads[i], param, type),
                          checked<T>("exp_avgs", i, exp_avgs[i], param, type),
                          checked<T>("exp_avg_sqs", i, exp_avg_sqs[i], param, type),

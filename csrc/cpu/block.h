@@ -3,8 +3,8 @@
 // dy = A*g + B*(y - mu) + C.
 #pragma once
 #include <algorithm>
-#include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/vec.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
@@ -31,6 +31,13 @@ FASTGAN_INLINE Vec<T> activated(Vec<T> v, Vec<T> slope) {
   // slope 0 maps -inf to 0, not to NaN; NaN passes through.
   Vec<T> negative = slope == Vec<T>{} ? (v != v ? v : Vec<T>{}) : v * slope;
   return v > Vec<T>{} ? v : negative;
+}
+
+// dz * phi'(v): slope 0 gives 0 whatever dz is, infinity and NaN included.
+template <class T>
+FASTGAN_INLINE Vec<T> activated_gradient(Vec<T> dz, Vec<T> v, Vec<T> slope) {
+  Vec<T> negative = slope == Vec<T>{} ? Vec<T>{} : dz * slope;
+  return v > Vec<T>{} ? dz : negative;
 }
 
 // A convolution's operand, channels-last [N, H, W, C]:
@@ -162,7 +169,7 @@ FASTGAN_INLINE void finish_lanes(const Sink<T>& s, const T* in, int64_t in_pixel
       }
       if constexpr (kind == Finish::backward) {
         Vec<T> raw = load(s.y + at, n);
-        value = normalised<T>(raw, mean, scale, shift) > Vec<T>{} ? value : value * slope;
+        value = activated_gradient<T>(value, normalised<T>(raw, mean, scale, shift), slope);
         first += value, second = fma(value, raw - mean, second);
       }
       store(s.out + at, value, n);
@@ -192,10 +199,12 @@ void write_block(const Sink<T>& sink, int64_t image, int64_t H, int64_t W, int64
                  int64_t in_pixel, int64_t in_row) {
   Sink<T> s = of_image(sink, image, C);
   int64_t rows = std::min(block_rows(W), H - y), at = (image * H + y) * W * C;
-  T* partial = s.partial + (image * blocks_per_image(H, W) + y / block_rows(W)) * 2 * C;
+  int64_t block = image * blocks_per_image(H, W) + y / block_rows(W), sums = block * 2 * C;
   switch (s.kind) {
-    case Finish::statistics: return finish_block<T, Finish::statistics>(s, in, in_pixel, in_row, at, rows, W, C, partial);
-    case Finish::backward: return finish_block<T, Finish::backward>(s, in, in_pixel, in_row, at, rows, W, C, partial);
+    case Finish::statistics:
+      return finish_block<T, Finish::statistics>(s, in, in_pixel, in_row, at, rows, W, C, s.partial + sums);
+    case Finish::backward:
+      return finish_block<T, Finish::backward>(s, in, in_pixel, in_row, at, rows, W, C, s.partial + sums);
     case Finish::plain:
       if (in_pixel != C) return finish_block<T, Finish::plain>(s, in, in_pixel, in_row, at, rows, W, C, nullptr);
       for (int64_t r = 0; r < rows; r++) std::copy_n(in + r * in_row, W * C, s.out + at + r * W * C);
@@ -213,23 +222,27 @@ void write_image(const Sink<T>& s, int64_t image, int64_t H, int64_t W, int64_t 
 // count_of(block) is the number of values per channel in a block.
 template <class T, class F>
 void combine_blocks(Finish kind, const T* partial, int64_t blocks, const F& count_of, int64_t C, T* out) {
-  std::vector<double> first(C), second(C);
-  double count = 0;
-  for (int64_t block = 0; block < blocks; block++, partial += 2 * C) {
-    double n = static_cast<double>(count_of(block)), total = count + n;
-    for (int64_t c = 0; c < C; c++) {
-      if (kind == Finish::statistics) {
-        double delta = partial[c] - first[c];
-        first[c] += delta * (n / total);
-        second[c] += partial[C + c] + delta * delta * (count * n / total);
-      } else {
-        first[c] += partial[c], second[c] += partial[C + c];
+  constexpr int64_t share = 128;  // channels
+  parallel((C + share - 1) / share, [&](int64_t task) {
+    int64_t from = task * share, some = std::min(share, C - from);
+    double first[share] = {}, second[share] = {}, count = 0;
+    const T* at = partial + from;
+    for (int64_t block = 0; block < blocks; block++, at += 2 * C) {
+      double n = static_cast<double>(count_of(block)), total = count + n;
+      for (int64_t c = 0; c < some; c++) {
+        if (kind == Finish::statistics) {
+          double delta = at[c] - first[c];
+          first[c] += delta * (n / total);
+          second[c] += at[C + c] + delta * delta * (count * n / total);
+        } else {
+          first[c] += at[c], second[c] += at[C + c];
+        }
       }
+      count = total;
     }
-    count = total;
-  }
-  std::copy(first.begin(), first.end(), out);
-  std::copy(second.begin(), second.end(), out + C);
+    std::copy_n(first, some, out + from);
+    std::copy_n(second, some, out + C + from);
+  });
 }
 
 }  // namespace fastgan::cpu::FASTGAN_ISA

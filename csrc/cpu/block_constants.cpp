@@ -8,8 +8,6 @@
 namespace fastgan::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 template <class T>
 T* data(const std::optional<Tensor>& t) {
   return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
@@ -17,9 +15,9 @@ T* data(const std::optional<Tensor>& t) {
 
 // Calls f with the values of `sums` in their own type.
 template <class F>
-void with_type(const Tensor& sums, const F& f) {
-  const void* values = sums.const_data_ptr();
-  sums.scalar_type() == ScalarType::Double ? f(static_cast<const double*>(values)) : f(static_cast<const float*>(values));
+void with_values(const char* op, const Tensor& sums, const F& f) {
+  STD_TORCH_CHECK(stat_type(sums) == sums.scalar_type(), op, ": sums must be float32 or float64");
+  with_stat_type(sums, [&]<class T>(T) { f(static_cast<const T*>(sums.const_data_ptr())); });
 }
 
 template <class T>
@@ -60,8 +58,8 @@ Tensor block_constants(Tensor sums, int64_t count, std::optional<Tensor> weight,
   }
   STD_TORCH_CHECK(!running_mean == !running_var, op, ": running_mean and running_var come together");
   STD_TORCH_CHECK(count > 1 || !running_mean, op, ": the running variance needs more than 1 value per channel");
-  Tensor out = torch::stable::new_empty(sums, {4 * sets, C});
-  with_type(sums, [&]<class T>(const T* in) {
+  Tensor out = make_empty({4 * sets, C}, sums.scalar_type());
+  with_values(op, sums, [&]<class T>(const T* in) {
     T* rows = static_cast<T*>(out.mutable_data_ptr());
     for (double momentum : momenta) {
       forward(C, in, count, data<T>(weight), data<T>(bias), eps, data<T>(running_mean), data<T>(running_var), momentum, rows);
@@ -76,8 +74,8 @@ std::tuple<Tensor, Tensor> block_gradient_constants(Tensor sums, Tensor constant
   int64_t C = sums.size(1), sets = sums.size(0) / 2;
   check(op, "sums", sums, {2 * sets, C}, false, sums.scalar_type());
   check(op, "constants", constants, {4 * sets, C}, false, sums.scalar_type());
-  Tensor out = torch::stable::new_empty(constants, {4 * sets, C}), grads = torch::stable::new_zeros(sums, {2, C});
-  with_type(sums, [&]<class T>(const T* in) {
+  Tensor out = make_empty({4 * sets, C}, sums.scalar_type()), grads = make_zeros({2, C}, sums.scalar_type());
+  with_values(op, sums, [&]<class T>(const T* in) {
     T* rows = static_cast<T*>(out.mutable_data_ptr());
     for (int64_t set = 0; set < sets; set++, in += 2 * C, rows += 4 * C) {
       backward(C, in, static_cast<const T*>(constants.const_data_ptr()) + set * 4 * C, count, rows,

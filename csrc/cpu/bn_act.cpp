@@ -10,40 +10,23 @@
 namespace fastgan::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-ScalarType stat_type(const Tensor& y) {
-  return y.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // y is [N, C] or [N, C, ...], dense: contiguous or channels-last.
 BnAct problem(const char* op, BnActStep step, const Tensor& y) {
   STD_TORCH_CHECK(y.is_cpu() && y.dim() >= 2 && y.numel() > 0, op, ": y must be a CPU tensor [N, C, ...] that is not empty");
-  BnAct p{step};
-  switch (y.scalar_type()) {
-    case ScalarType::Float: p.storage = Storage::float32; break;
-    case ScalarType::Double: p.storage = Storage::float64; break;
-    case ScalarType::BFloat16: p.storage = Storage::bfloat16; break;
-    default: STD_TORCH_CHECK(false, op, ": y must be float32, bfloat16 or float64");
-  }
+  BnAct p{step, storage_of(op, "y", y)};
   p.N = y.size(0), p.C = y.size(1), p.S = y.numel() / (p.N * p.C);
   p.channels_last = is_channels_last(y) || (y.dim() == 2 && y.is_contiguous());
   STD_TORCH_CHECK(p.channels_last || y.is_contiguous(), op, ": y must be contiguous or channels-last");
+  if (p.C == 1) p.S *= p.N, p.N = 1, p.channels_last = false;  // one long row, in either layout
   p.y = y.const_data_ptr();
   return p;
 }
 
 void add_gradient(const char* op, BnAct& p, const Tensor& dz, const Tensor& y) {
-  STD_TORCH_CHECK(shape_of(dz) == shape_of(y) && dz.scalar_type() == y.scalar_type(), op, ": dz must have y's shape and dtype");
+  STD_TORCH_CHECK(has_shape(dz, y.sizes()) && dz.scalar_type() == y.scalar_type(), op, ": dz must have y's shape and dtype");
   STD_TORCH_CHECK(p.channels_last ? is_channels_last(dz) || (y.dim() == 2 && dz.is_contiguous()) : dz.is_contiguous(), op,
                   ": dz must have y's memory format");
   p.dz = dz.const_data_ptr();
-}
-
-// Calls f with a number of the type that y's statistics have.
-template <class F>
-auto with_stat_type(const Tensor& y, const F& f) {
-  return stat_type(y) == ScalarType::Double ? f(double()) : f(float());
 }
 
 struct Constants {
@@ -76,7 +59,7 @@ std::tuple<Tensor, Tensor> rows_of(const Tensor& pair) {
 
 std::tuple<Tensor, Tensor> bn_stats(Tensor y) {
   BnAct p = problem("bn_stats", BnActStep::statistics, y);
-  Tensor out = torch::stable::new_empty(y, {2, p.C}, stat_type(y));
+  Tensor out = make_empty({2, p.C}, stat_type(y));
   p.out = out.mutable_data_ptr();
   FASTGAN_DISPATCH(run_bn_act(p));
   return rows_of(out);
@@ -85,7 +68,7 @@ std::tuple<Tensor, Tensor> bn_stats(Tensor y) {
 Tensor bn_act(Tensor y, Tensor mean, Tensor invstd, Tensor weight, Tensor bias, double slope) {
   const char* op = "bn_act";
   BnAct p = problem(op, BnActStep::apply, y);
-  Tensor z = torch::stable::empty_like(y);
+  Tensor z = make_empty_like(y);
   p.slope = slope, p.out = z.mutable_data_ptr();
   run_with(p, y, {{op, "mean", mean, y}, {op, "invstd", invstd, y}, {op, "weight", weight, y}, {op, "bias", bias, y}});
   return z;
@@ -96,7 +79,7 @@ std::tuple<Tensor, Tensor> bn_act_reduce(Tensor dz, Tensor y, Tensor mean, Tenso
   const char* op = "bn_act_reduce";
   BnAct p = problem(op, BnActStep::reduce, y);
   add_gradient(op, p, dz, y);
-  Tensor out = torch::stable::new_empty(y, {2, p.C}, stat_type(y));
+  Tensor out = make_empty({2, p.C}, stat_type(y));
   p.slope = slope, p.out = out.mutable_data_ptr();
   PerChannel inverse(op, "invstd", invstd, y);
   run_with(p, y, {{op, "mean", mean, y}, inverse, {op, "weight", weight, y}, {op, "bias", bias, y}});
@@ -113,7 +96,7 @@ Tensor bn_act_backward(Tensor dz, Tensor y, Tensor mean, Tensor invstd, Tensor w
   BnAct p = problem(op, BnActStep::backward, y);
   add_gradient(op, p, dz, y);
   STD_TORCH_CHECK(count == 0 || (grad_weight && grad_bias), op, ": count > 0 needs grad_weight and grad_bias");
-  Tensor dy = torch::stable::empty_like(y);
+  Tensor dy = make_empty_like(y);
   p.slope = slope, p.out = dy.mutable_data_ptr();
   run_with(p, y, {{op, "mean", mean, y}, {op, "invstd", invstd, y}, {op, "weight", weight, y}, {op, "bias", bias, y},
                   {op, "grad_weight", grad_weight, y}, {op, "grad_bias", grad_bias, y}, count});
@@ -144,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train(Tensor y, std::optional<Tensor> 
   STD_TORCH_CHECK(bool(moving_mean) == bool(moving_var), op, ": running_mean and running_var come together");
   double count = static_cast<double>(y.numel() / p.C);
   STD_TORCH_CHECK(count > 1, op, ": expected more than 1 value per channel");
-  Tensor mean = torch::stable::new_empty(y, {p.C}, stat_type(y)), var = torch::stable::empty_like(mean);
-  Tensor z = torch::stable::empty_like(y);
+  Tensor mean = make_empty({p.C}, stat_type(y)), var = make_empty_like(mean);
+  Tensor z = make_empty_like(y);
   with_stat_type(y, [&]<class T>(T) {
     std::vector<T> sums(2 * p.C);
     p.out = sums.data();
@@ -169,7 +152,7 @@ Tensor bn_act_eval(Tensor y, std::optional<Tensor> weight, std::optional<Tensor>
   const char* op = "bn_act_eval";
   BnAct p = problem(op, BnActStep::apply, y);
   STD_TORCH_CHECK(mean.has_value() == var.has_value(), op, ": mean and var come together");
-  Tensor z = torch::stable::empty_like(y);
+  Tensor z = make_empty_like(y);
   p.slope = slope, p.out = z.mutable_data_ptr();
   std::vector<double> invstd = with_stat_type(
       y, [&]<class T>(T) { return inverse_deviations<T>(PerChannel(op, "var", var, y), p.C, eps); });
@@ -183,9 +166,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_grad(Tensor dz, Tensor y, std::optiona
   const char* op = "bn_act_grad";
   BnAct p = problem(op, BnActStep::reduce, y);
   add_gradient(op, p, dz, y);
-  Tensor dy = needs_input ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
+  Tensor dy = needs_input ? make_empty_like(y) : make_empty({0}, y.scalar_type());
   auto gradient_of = [&](const std::optional<Tensor>& t) {
-    return t && needs_affine ? torch::stable::new_empty(*t, {p.C}) : torch::stable::new_empty(y, {0});
+    return t && needs_affine ? make_empty({p.C}, t->scalar_type()) : make_empty({0}, y.scalar_type());
   };
   Tensor grad_weight = gradient_of(weight), grad_bias = gradient_of(bias);
   with_stat_type(y, [&]<class T>(T) {
@@ -215,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_grad(Tensor dz, Tensor y, std::optiona
 Tensor block_apply(Tensor y, Tensor constants, double slope) {
   BnAct p = problem("block_apply", BnActStep::apply, y);
   check("block_apply", "constants", constants, {4, p.C}, false, stat_type(y));
-  Tensor z = torch::stable::empty_like(y);
+  Tensor z = make_empty_like(y);
   p.constants = constants.const_data_ptr(), p.slope = slope, p.out = z.mutable_data_ptr();
   FASTGAN_DISPATCH(run_bn_act(p));
   return z;
@@ -225,7 +208,7 @@ Tensor block_reduce(Tensor dz, Tensor y, Tensor constants, double slope) {
   BnAct p = problem("block_reduce", BnActStep::reduce, y);
   add_gradient("block_reduce", p, dz, y);
   check("block_reduce", "constants", constants, {4, p.C}, false, stat_type(y));
-  Tensor out = torch::stable::new_empty(constants, {2, p.C});
+  Tensor out = make_empty({2, p.C}, stat_type(y));
   p.constants = constants.const_data_ptr(), p.slope = slope, p.out = out.mutable_data_ptr();
   FASTGAN_DISPATCH(run_bn_act(p));
   return out;
@@ -240,22 +223,22 @@ Tensor block_backward(Tensor dz, Tensor y, std::optional<Tensor> constants, std:
   STD_TORCH_CHECK(constants || gradient_constants, op, ": expected constants, gradient_constants or both");
   if (constants) check(op, "constants", *constants, {4, p.C}, false, stat_type(y));
   if (gradient_constants) check(op, "gradient_constants", *gradient_constants, {4, p.C}, false, stat_type(y));
-  Tensor rows = torch::stable::new_zeros(constants ? *constants : *gradient_constants, {6, p.C});
-  auto fill = [&]<class T>(T* out) {
+  Tensor dy = make_empty_like(y);
+  p.slope = constants ? slope : 1, p.out = dy.mutable_data_ptr();
+  with_stat_type(y, [&]<class T>(T) {
+    std::vector<T> rows(6 * p.C);
+    T* out = rows.data();
     if (constants) std::copy_n(static_cast<const T*>(constants->const_data_ptr()), 3 * p.C, out);
-    if (!gradient_constants) return (void)std::fill_n(out + 3 * p.C, p.C, T(1));
-    auto by = static_cast<const T*>(gradient_constants->const_data_ptr());
-    std::copy_n(by, 3 * p.C, out + 3 * p.C);
-    std::copy_n(by + 3 * p.C, p.C, out);
-  };
-  if (stat_type(y) == ScalarType::Double) {
-    fill(static_cast<double*>(rows.mutable_data_ptr()));
-  } else {
-    fill(static_cast<float*>(rows.mutable_data_ptr()));
-  }
-  Tensor dy = torch::stable::empty_like(y);
-  p.constants = rows.const_data_ptr(), p.slope = constants ? slope : 1, p.out = dy.mutable_data_ptr();
-  FASTGAN_DISPATCH(run_bn_act(p));
+    if (gradient_constants) {
+      auto by = static_cast<const T*>(gradient_constants->const_data_ptr());
+      std::copy_n(by, 3 * p.C, out + 3 * p.C);
+      std::copy_n(by + 3 * p.C, p.C, out);
+    } else {
+      std::fill_n(out + 3 * p.C, p.C, T(1));
+    }
+    p.constants = out;
+    FASTGAN_DISPATCH(run_bn_act(p));
+  });
   return dy;
 }
 

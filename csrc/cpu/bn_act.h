@@ -3,11 +3,11 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "cpu/storage.h"
 
 namespace fastgan::cpu {
 
 enum class BnActStep { statistics, apply, reduce, backward };
-enum class Storage { float32, float64, bfloat16 };
 
 // y is [N, S, C] (channels-last) or [N, C, S] (contiguous); per-channel arrays are float32, or float64 where y is.
 struct BnAct {

@@ -2,16 +2,16 @@
 // sums are the same for any number of threads.
 #if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
 #include "cpu/bn_act.h"
+
+#include <vector>
+
+#include "cpu/bfloat16.h"
 #include "cpu/block.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 // Storage to compute type and back, in place where they are the same.
 template <class T>
@@ -20,10 +20,7 @@ const T* converted(const T* in, int64_t, Scratch) {
 }
 const float* converted(const bfloat16* in, int64_t n, Scratch use) {
   float* out = scratch<float>(use, n);
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t bits = static_cast<uint32_t>(in[i].bits) << 16;
-    std::memcpy(out + i, &bits, sizeof bits);
-  }
+  for (int64_t i = 0; i < n; i++) out[i] = widened(in[i]);
   return out;
 }
 template <class T>
@@ -34,13 +31,7 @@ float* staging(bfloat16*, int64_t n, Scratch use) { return scratch<float>(use, n
 template <class T>
 void narrow(const T*, T*, int64_t) {}
 void narrow(const float* in, bfloat16* out, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t bits;
-    std::memcpy(&bits, in + i, sizeof bits);
-    bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-    out[i].bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded);
-  }
+  for (int64_t i = 0; i < n; i++) out[i] = narrowed(in[i]);
 }
 
 // Sums are kept in double, as PyTorch keeps them: a plain sum of fp32 is some times as wrong.
@@ -139,7 +130,7 @@ struct Block {
       Vec<T> a = constant(row_backward_a, i, n), b = constant(row_backward_b, i, n), c = constant(row_backward_c, i, n);
       return [=](int64_t at) __attribute__((always_inline)) {
         Vec<T> deviation = load(y + at, n) - mean, g = load(dz + at, n);
-        g = fma(deviation, scale, shift) > Vec<T>{} ? g : g * slopes;
+        g = activated_gradient<T>(g, fma(deviation, scale, shift), slopes);
         store(dy + at, frozen ? a * g : fma(a, g, fma(b, deviation, c)), n);
       };
     });
@@ -214,7 +205,7 @@ struct Block {
     sum<ShortSums<T>>(out, [&](int64_t at, int64_t i, int64_t n, ShortSums<T>& s) __attribute__((always_inline)) {
       fetch_next<ShortSums<T>>(y, at), fetch_next<ShortSums<T>>(dz, at);
       Vec<T> deviation = load(y + at, n) - constant(row_mean, i, n), g = load(dz + at, n);
-      g = fma(deviation, constant(row_scale, i, n), constant(row_shift, i, n)) > Vec<T>{} ? g : g * slopes;
+      g = activated_gradient<T>(g, fma(deviation, constant(row_scale, i, n), constant(row_shift, i, n)), slopes);
       s.first += g, s.second = fma(g, deviation, s.second);
     });
   }
@@ -277,11 +268,12 @@ void run(const BnAct& p) {
     frozen = std::all_of(rows, rows + 2 * p.C, [](T x) { return x == 0; });
   }
   double* partial = sums ? scratch<double>(Scratch::partial, blocks * 2 * p.C) : nullptr;
-  if (sums) std::fill_n(partial, blocks * 2 * p.C, 0.0);
   parallel(channels_last ? cuts : p.N * p.C * cuts, [&](int64_t task) {
     int64_t cut = task % cuts, plane = task / cuts, image = channels_last ? 0 : plane / p.C;
-    run_task<S, T, channels_last>(p, image, channels_last ? 0 : plane % p.C, cut * pixels, std::min(pixels, unit - cut * pixels),
-                                  frozen, sums ? partial + (image * cuts + cut) * 2 * p.C : nullptr);
+    int64_t channel = channels_last ? 0 : plane % p.C, row = channels_last ? p.C : 1;
+    double* own = sums ? partial + (image * cuts + cut) * 2 * p.C : nullptr;
+    if (sums) std::fill_n(own + channel, row, 0.0), std::fill_n(own + p.C + channel, row, 0.0);
+    run_task<S, T, channels_last>(p, image, channel, cut * pixels, std::min(pixels, unit - cut * pixels), frozen, own);
   });
   if (sums) {
     std::vector<double> result(2 * p.C);

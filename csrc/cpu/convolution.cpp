@@ -40,6 +40,14 @@ void run(const Convolution& c, ScalarType dtype) {
   STD_TORCH_CHECK(false, "fastgan's convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks; use PyTorch's");
 }
 
+void check_channels(const char* op, int64_t large, int64_t small) {
+  STD_TORCH_CHECK(large >= 1 && small >= 1, op, ": expected at least one channel on either side, got ", large, " and ", small);
+}
+
+void check_scheme(const char* op, int64_t scheme) {
+  STD_TORCH_CHECK(scheme >= scheme_automatic && scheme <= scheme_direct, op, ": scheme must be 0, 1 or 2, got ", scheme);
+}
+
 void check_sides(const char* op, int64_t large, int64_t small) {
   STD_TORCH_CHECK(small >= 1 && large / 2 == small, op, ": the large side must be twice the small one or one more, got ",
                   large, " and ", small);
@@ -53,6 +61,8 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
                                     double output_slope, int64_t scheme) {
   const char* op = "convolve";
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, op, ": input and weight must have 4 dimensions");
+  check_channels(op, weight.size(1), weight.size(0));
+  check_scheme(op, scheme);
   ScalarType dtype = input.scalar_type();
   int64_t N = input.size(0), K = weight.size(0), C = weight.size(1), from = to_large ? K : C, to = to_large ? C : K;
   OperandView operand = view(op, input, second, constants, slope);
@@ -63,11 +73,11 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
   check_sides(op, to_large ? width : input.size(3), to_large ? input.size(3) : width);
   STD_TORCH_CHECK(!output_y == !output_constants, op, ": output_y and output_constants come together");
   STD_TORCH_CHECK(!(statistics && output_y), op, ": statistics and output_y exclude each other");
-  Tensor out = empty_channels_last(input, {N, to, height, width});
+  Tensor out = make_channels_last({N, to, height, width}, dtype);
   STD_TORCH_CHECK(statistics >= 0 && (statistics == 0 || N % statistics == 0), op, ": statistics are of equal parts of the batch, got ",
                   statistics, " parts of ", N, " images");
   int64_t sets = output_y ? sets_of(op, "output_constants", *output_constants, N, to, dtype) : statistics;
-  Tensor sums = torch::stable::new_zeros(input, {2 * sets, to});
+  Tensor sums = make_zeros({2 * sets, to}, dtype);
   ResultView result{out.mutable_data_ptr(), sums.numel() ? sums.mutable_data_ptr() : nullptr};
   if (output_y) {
     check(op, "output_y", *output_y, {N, to, height, width}, true, dtype);
@@ -90,6 +100,8 @@ Tensor weight_gradient(Tensor large, std::optional<Tensor> large_second, std::op
                        int64_t scheme) {
   const char* op = "weight_gradient";
   STD_TORCH_CHECK(large.dim() == 4 && small.dim() == 4, op, ": both sides must have 4 dimensions");
+  check_channels(op, large.size(1), small.size(1));
+  check_scheme(op, scheme);
   Convolution c{Direction::to_weight, large.size(0), large.size(1), large.size(2), large.size(3),
                 small.size(1), small.size(2), small.size(3), scheme};
   c.large = view(op, large, large_second, large_constants, large_slope);
@@ -98,10 +110,11 @@ Tensor weight_gradient(Tensor large, std::optional<Tensor> large_second, std::op
   check_sides(op, c.LH, c.H);
   check_sides(op, c.LW, c.W);
   Shape shape{c.K, c.C, 4, 4};
-  Tensor out = channels_last ? empty_channels_last(large, shape) : torch::stable::new_empty(large, shape);
+  ScalarType dtype = large.scalar_type();
+  Tensor out = channels_last ? make_channels_last(shape, dtype) : make_empty(shape, dtype);
   if (c.N == 0) torch::stable::zero_(out);
   c.result.out = out.mutable_data_ptr(), c.weight_channels_last = channels_last;
-  run(c, large.scalar_type());
+  run(c, dtype);
   return out;
 }
 

@@ -3,13 +3,12 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "cpu/storage.h"
 
 namespace fastgan::cpu {
 
-enum class Logits { float32, float64, bfloat16 };
-
 // stats[0], stats[2] = mean loss and mean sigmoid of n > 0 logits; gradient[n] = (sigmoid - target) / n. Both in float32, or
 // float64 where the logits are.
-FASTGAN_DECLARE(void run_gan_bce(Logits type, const void* logits, int64_t n, double target, void* stats, void* gradient);)
+FASTGAN_DECLARE(void run_gan_bce(Storage type, const void* logits, int64_t n, double target, void* stats, void* gradient);)
 
 }  // namespace fastgan::cpu

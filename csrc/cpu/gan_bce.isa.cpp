@@ -3,9 +3,9 @@
 #include "cpu/gan_bce.h"
 
 #include <algorithm>
-#include <bit>
 #include <vector>
 
+#include "cpu/bfloat16.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
@@ -42,8 +42,9 @@ FASTGAN_INLINE Vec<T> exp_minus(Vec<T> a) {
   Vec<T> shifted = fma(a, splat(-log2e), rounder), n = shifted - rounder, sum{};
   Vec<T> r = fma(n, splat(-R::ln2_low), fma(n, splat(-R::ln2_high), -a));
   FASTGAN_UNROLL for (int k = R::exp_terms; k >= 0; k--) sum = fma(sum, r, splat(T(1 / factorial(k))));
-  Bits exponent = std::bit_cast<Bits>(shifted) - std::bit_cast<Bits>(rounder), half = exponent / 2;
-  auto power = [](Bits of_two) { return std::bit_cast<Vec<T>>((of_two + R::bias) << R::mantissa); };
+  // Casts of the compiler's: std::bit_cast is a function, which the linker would take from another instruction set.
+  Bits exponent = (Bits)shifted - (Bits)rounder, half = exponent / 2;
+  auto power = [](Bits of_two) __attribute__((always_inline)) { return (Vec<T>)((of_two + R::bias) << R::mantissa); };
   return sum * power(half) * power(exponent - half);  // in two steps to what is less than the least normal number
 }
 
@@ -56,17 +57,14 @@ FASTGAN_INLINE Vec<T> log_one_plus(Vec<T> e) {
   return (s + s) * sum;
 }
 
-struct bfloat16 {
-  uint16_t bits;
-};
 template <class T>
-FASTGAN_INLINE Vec<T> widened(const T* p, int64_t n) {
+FASTGAN_INLINE Vec<T> load_wide(const T* p, int64_t n) {
   return load(p, n);
 }
-FASTGAN_INLINE Vec<float> widened(const bfloat16* p, int64_t n) {
-  uint32_t wide[lanes<float>] = {};
-  for (int64_t i = 0; i < std::min<int64_t>(n, lanes<float>); i++) wide[i] = static_cast<uint32_t>(p[i].bits) << 16;
-  return std::bit_cast<Vec<float>>(wide);
+FASTGAN_INLINE Vec<float> load_wide(const bfloat16* p, int64_t n) {
+  float wide[lanes<float>] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(n, lanes<float>); i++) wide[i] = widened(p[i]);
+  return load(wide);
 }
 
 // Adds the losses and the sigmoids of n logits to sums[0] and sums[1]: a few of each lane in T, and these in double.
@@ -75,7 +73,7 @@ void run_task(const S* logits, int64_t n, double target, double share, double* s
   Vec<T> zero{}, one = splat(T(1)), real = splat(T(target)), fake = splat(T(1 - target)), scale = splat(T(share));
   Vec<T> losses{}, beliefs{};
   auto add = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
-    Vec<T> x = widened(logits + i, some), size = x < zero ? -x : x, e = exp_minus<T>(size);
+    Vec<T> x = load_wide(logits + i, some), size = x < zero ? -x : x, e = exp_minus<T>(size);
     Vec<T> small = e / (e + one);  // the sigmoid of -|x|, without cancellation
     // -log(sigmoid(x)) = max(-x, 0) + log(1 + e), -log(sigmoid(-x)) = max(x, 0) + log(1 + e)
     Vec<T> loss = log_one_plus<T>(e), belief = x < zero ? small : one - small;
@@ -113,12 +111,12 @@ void run(const S* logits, int64_t n, double target, T* stats, T* gradient) {
 
 }  // namespace
 
-void run_gan_bce(Logits type, const void* logits, int64_t n, double target, void* stats, void* gradient) {
+void run_gan_bce(Storage type, const void* logits, int64_t n, double target, void* stats, void* gradient) {
   auto single = [&]<class S>(const S* x) { run(x, n, target, static_cast<float*>(stats), static_cast<float*>(gradient)); };
   switch (type) {
-    case Logits::float32: return single(static_cast<const float*>(logits));
-    case Logits::bfloat16: return single(static_cast<const bfloat16*>(logits));
-    case Logits::float64:
+    case Storage::float32: return single(static_cast<const float*>(logits));
+    case Storage::bfloat16: return single(static_cast<const bfloat16*>(logits));
+    case Storage::float64:
       return run(static_cast<const double*>(logits), n, target, static_cast<double*>(stats), static_cast<double*>(gradient));
   }
 }

@@ -1,4 +1,5 @@
-// The one matrix product under all convolutions here, on operands in panel layout.
+// The one matrix product under all convolutions here. The right operand and the result are in panel layout; the left one is,
+// or stands in an image that is read in place (RowStrides, ColumnStrides).
 //
 // A matrix of `rows` x `columns` is stored as panels of `panel<T>` columns, each panel [rows][panel] without gaps, so
 // that a register tile reads and writes contiguous memory whatever the sizes (rows a power of two apart would fall

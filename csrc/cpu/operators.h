@@ -9,7 +9,7 @@
 
 namespace fastgan::cpu {
 
-// The instruction set whose kernels run here: "plain", "avx2", "avx512" or "avx512_bf16".
+// The instruction set whose kernels run here: "plain", "avx2" or "avx512".
 std::string instruction_set();
 
 // A 4x4 stride-2 padding-1 convolution with weight [K, C, 4, 4] (contiguous or channels-last) from its large side [N, C, 2H, 2W] to its small side

@@ -8,6 +8,8 @@
 //                stride is the number of tiles made odd: panels a power of two apart would share one set of the cache
 //   weights      of some panels of the result and some of the depth: each point [panels][depth][panel]
 #pragma once
+#include <vector>
+
 #include "cpu/block.h"
 #include "cpu/gemm.h"
 #include "cpu/taps.h"

@@ -89,7 +89,7 @@ struct Thin {
 
   void to_large(const Source<T>& source, const Filters<const T>& weight, const Sink<T>& sink) const {
     T* u = scratch<T>(Scratch::weight, points * s.K * width);
-    weight_to_points(weight, u);
+    weight_to_row_points(weight, u);
     // As many rows at once as a tile has, where they are short.
     int64_t step = std::max<int64_t>(1, micro_rows<1> / groups), row = groups * squares * width;
     parallel(s.N, [&](int64_t image) {
@@ -103,8 +103,8 @@ struct Thin {
       for (int64_t y = 0; y <= s.H; y += step, std::swap(product, other)) {
         int64_t rows = std::min(step, s.H - y), last = std::min(step, s.H + 1 - y);
         if (rows > 0) {
-          small_to_points(read_small_rows(source, image, y, rows), zeros, rows, v);
-          multiply_points(v, u, rows * groups, source.a + small_row(image, y + rows), product);
+          small_to_row_points(read_small_rows(source, image, y, rows), zeros, rows, v);
+          multiply_row_points(v, u, rows * groups, source.a + small_row(image, y + rows), product);
         }
         if (rows < last) std::fill_n(product + rows * row, row, T(0));  // nothing is below the last squares
         for (int64_t r = 0; r < last; r++) {
@@ -118,7 +118,7 @@ struct Thin {
   }
 
   // To u [points][tiles of registers][K][tile].
-  void weight_to_points(const Filters<const T>& weight, T* u) const {
+  void weight_to_row_points(const Filters<const T>& weight, T* u) const {
     int64_t tile = tile_registers() * lanes<T>, point = s.K * width;
     std::fill_n(u, points * point, T(0));
     for (int64_t column = 0; column < 8 * s.C; column++) {
@@ -132,7 +132,7 @@ struct Thin {
   }
 
   // To v [points][rows][groups][columns]; pixels beyond the row are `zeros`.
-  void small_to_points(const T* small, const T* zeros, int64_t rows, T* v) const {
+  void small_to_row_points(const T* small, const T* zeros, int64_t rows, T* v) const {
     const int64_t columns = this->columns, point = rows * groups * columns;  // any store could change what `this` points to
     for (const T* end = small + rows * s.W * columns; small < end; small += s.W * columns) {
       for (int64_t x = -1; x < s.W; x += squares, v += columns) {
@@ -147,7 +147,7 @@ struct Thin {
   }
 
   // To squares [count][squares][width], while memory brings `next`.
-  void multiply_points(const T* v, const T* u, int64_t count, const T* next, T* to) const {
+  void multiply_row_points(const T* v, const T* u, int64_t count, const T* next, T* to) const {
     int64_t step = micro_rows<1> / tile_registers();
     Ahead<T> ahead{next, count * squares * s.K / (points * ((count + step - 1) / step))};
     auto multiply = [&](int point, int square, bool accumulate) {
@@ -180,9 +180,11 @@ struct Thin {
   template <int V>
   void multiply_tiles(const T* v, const T* u, int64_t rows, T* to, bool accumulate) const {
     constexpr int64_t tile = V * lanes<T>;
-    if constexpr (V == 2 || tile == 8 || tile == 16 || tile == 24) {  // else no number of channels leads here
+    if constexpr (V == 2 || tile == 8 || tile == 16 || tile == 24) {  // no number of channels leads elsewhere
       multiply_rows<T, V>(v, RowStrides{columns, run_length, run_length}, u, s.K * tile, s.K, run_length, to, squares * width, tile,
                           registers / V, rows, accumulate);
+    } else {
+      __builtin_unreachable();
     }
   }
 
@@ -200,42 +202,54 @@ struct Thin {
   }
 
   void to_weight(const Source<T>& large_source, const Source<T>& small_source, const Filters<T>& weight) const {
+    constexpr int64_t together = 128;  // images whose sums are kept, to be added in their order
     int64_t size = depth * columns;
+    T* sums = scratch<T>(Scratch::partial, std::min(s.N, together) * size);
+    for (int64_t first = 0; first < s.N; first += together) {
+      int64_t images = std::min(together, s.N - first);
+      parallel(images, [&](int64_t i) { sum_image(large_source, small_source, first + i, sums + i * size); });
+      parallel(panels_of_k, [&](int64_t p) { add_images(sums, images, p * panel<T>, first > 0, weight); });
+    }
+  }
+
+  // To sums [depth][columns].
+  void sum_image(const Source<T>& large_source, const Source<T>& small_source, int64_t image, T* sums) const {
     int64_t across = std::min<int64_t>(s.W, run_length), down = std::max<int64_t>(1, run_length / s.W);  // pixels of one run
-    T* sums = scratch<T>(Scratch::partial, s.N * size);  // of each image, then added in their order
-    parallel(s.N, [&](int64_t image) {
-      const T* large = read_large(large_source, image);
-      for (int64_t y = 0; y < s.H; y += down) {
-        int64_t rows = std::min(down, s.H - y);
-        const T* small = read_small_rows(small_source, image, y, rows);
-        for (int64_t x = 0; x < s.W; x += across) {
-          int64_t count = std::min(across, s.W - x);
-          Ahead<T> ahead{small_source.a + small_row(image, y + rows) + x * s.K, rows * count * s.K / (4 * panels_of_k)};
-          for (int64_t j = 0; j < columns; j += panel<T>) {
-            for (int ky = 0; ky < 4; ky++) {
-              ahead();
-              const T* a = large + (2 * y + ky) * line + 2 * x * s.C;
-              ColumnStrides pixels{2 * s.C, count, 2 * line};
-              T* to = sums + image * size + ky * reach * columns + j;
-              if (reach % 6 == 0) {
-                add_products<6>(a, pixels, small + x * columns + j, rows * count, to, y + x > 0);
-              } else {
-                add_products<4>(a, pixels, small + x * columns + j, rows * count, to, y + x > 0);
-              }
+    const T* large = read_large(large_source, image);
+    for (int64_t y = 0; y < s.H; y += down) {
+      int64_t rows = std::min(down, s.H - y);
+      const T* small = read_small_rows(small_source, image, y, rows);
+      for (int64_t x = 0; x < s.W; x += across) {
+        int64_t count = std::min(across, s.W - x);
+        Ahead<T> ahead{small_source.a + small_row(image, y + rows) + x * s.K, rows * count * s.K / (4 * panels_of_k)};
+        for (int64_t j = 0; j < columns; j += panel<T>) {
+          for (int ky = 0; ky < 4; ky++) {
+            ahead();
+            const T* a = large + (2 * y + ky) * line + 2 * x * s.C;
+            ColumnStrides pixels{2 * s.C, count, 2 * line};
+            T* to = sums + ky * reach * columns + j;
+            if (reach % 6 == 0) {
+              add_products<6>(a, pixels, small + x * columns + j, rows * count, to, y + x > 0);
+            } else {
+              add_products<4>(a, pixels, small + x * columns + j, rows * count, to, y + x > 0);
             }
           }
         }
       }
-    });
-    parallel(panels_of_k, [&](int64_t p) {
-      for (int64_t d = 0; d < depth; d++) {
-        T sum[panel<T>] = {};
-        for (int64_t image = 0; image < s.N; image++) {
-          for (int i = 0; i < panel<T>; i++) sum[i] += sums[image * size + d * columns + p * panel<T> + i];
-        }
-        for (int64_t k = p * panel<T>, i = 0; k < s.K && i < panel<T>; k++, i++) *weight.at(k, d % s.C, d / s.C) = sum[i];
+    }
+  }
+
+  // The gradient of a panel of filters from k on.
+  void add_images(const T* sums, int64_t images, int64_t k, bool accumulate, const Filters<T>& weight) const {
+    int64_t filters = std::min<int64_t>(panel<T>, s.K - k);
+    for (int64_t d = 0; d < depth; d++) {
+      T sum[panel<T>] = {};
+      for (int64_t i = 0; accumulate && i < filters; i++) sum[i] = *weight.at(k + i, d % s.C, d / s.C);
+      for (int64_t image = 0; image < images; image++) {
+        for (int i = 0; i < panel<T>; i++) sum[i] += sums[(image * depth + d) * columns + k + i];
       }
-    });
+      for (int64_t i = 0; i < filters; i++) *weight.at(k + i, d % s.C, d / s.C) = sum[i];
+    }
   }
 
   template <int R>

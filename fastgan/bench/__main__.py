@@ -1,6 +1,5 @@
 """`python -m fastgan.bench`: how fast a training step is here, beside PyTorch's own; see `--help`."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fastgan.bench.profiling import top_operations
 from fastgan.bench.steps import providers
 from fastgan.devices import choose_device
 from fastgan.errors import FastganError
+from fastgan.files import check_place
 
 NOISY = 0.1  # share of the processors that others may take
 
@@ -46,7 +46,7 @@ class BenchConfig:
     profile: bool = False
     """show too which operations of fastgan's step take most of its time"""
     json: Path | None = None
-    """write the data, with machine, versions and commit, here"""
+    """write the data, with machine, versions and commit, here, after each case"""
     plot: Path | None = None
     """draw the ratios into this PNG file"""
     compare: Path | None = None
@@ -59,13 +59,13 @@ def checked_device(config: BenchConfig) -> torch.device:
     if config.rounds < MIN_ROUNDS:
         raise FastganError(f"--rounds: expected at least {MIN_ROUNDS}, which an interval needs; got {config.rounds}")
     for option, path in (("--json", config.json), ("--plot", config.plot)):
-        if path is not None and not os.access(path.parent, os.W_OK):
-            raise FastganError(f"{option}: {path.parent} is not a folder that can be written to")
+        if path is not None:
+            check_place(path, option)
     return choose_device(config.device)
 
 
 def bench(config: BenchConfig) -> list[str]:
-    """Measure, print and save; returns the regressions against `config.compare`."""
+    """Measure, print and, after each case, save; returns the regressions against `config.compare`."""
     device = checked_device(config)
     cases = results.select(config.case, config.quick)
     old = None if config.compare is None else results.read(config.compare)
@@ -84,11 +84,12 @@ def bench(config: BenchConfig) -> list[str]:
         rows.append(row)
         best = best_of(best, peaks(device))
         print("\n" + "\n".join(lines(row, best)), flush=True)
+        data = results.document(device, best, rows)
+        if config.json is not None:
+            results.save(data, config.json)
+        if config.plot is not None:
+            plot.draw(rows, data["environment"]["machine"], config.plot)
     print("\nmeasured peaks: " + ", ".join(f"{rate:.0f} {name}" for name, rate in best.items()))
-    if config.json is not None:
-        results.save(results.document(device, best, rows), config.json)
-    if config.plot is not None:
-        plot.draw(rows, results.document(device, best, rows)["environment"]["machine"], config.plot)
     return [] if old is None else results.regressions(old["rows"], rows)
 
 

@@ -11,7 +11,9 @@ import torch
 from fastgan.bench.cases import Case, Layer, layers
 
 WINOGRAD = 15 / 32  # multiplications left: 3 x 5 points for 2 x 4 outputs of 2 x 2 taps each
-THIN = 4  # channels up to which the definition counts; that one pass of three leaves 2 / 3 of it is 1 % of a step
+# Layers of up to so many channels on one side count as their definition. The pass that makes their large side needs a
+# third fewer multiplications, which the floor leaves out: it is at most 1 % of a step.
+THIN = 4
 ADAM_BYTES = 28  # of a parameter in fp32: reads it, its gradient and two moments, writes all but the gradient
 
 

@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,9 +49,14 @@ def case_kept_bytes(case: Case, device: torch.device, backend: str | None) -> di
 
 def peak_bytes(case: Case, provider: str, device: torch.device) -> int | None:
     """What two steps need at their peak, beyond a process that has loaded everything: measured in one of its own.
-    None where the system does not tell."""
+    None where the system does not tell, and where that process fails, which is said."""
     arguments = [json.dumps(dataclasses.asdict(case)), provider, str(device)]
-    done = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True)
+    if (code := done.returncode) != 0:
+        ended = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        last = "".join(done.stderr.splitlines()[-1:])
+        print(f"no peak memory of {provider} in {case.name}: its process ended with {ended}. {last}", file=sys.stderr)
+        return None
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -108,7 +108,7 @@ def save(data: dict[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `save` wrote; FastganError names a file that is something else."""
+    """What `save` wrote, fit to be compared with; FastganError names a file that is something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -118,6 +118,12 @@ def read(path: Path) -> dict[str, Any]:
         raise FastganError(
             f"{path}: expected benchmark data of format {FORMAT}, got {found}; measure again with --json"
         )
+    try:
+        if not isinstance(rows := data["rows"], list):
+            raise TypeError(f"rows are a list, not {type(rows).__name__}")
+        regressions(rows, rows)  # whatever a comparison will look at
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise FastganError(f"{path}: not what --json wrote ({type(error).__name__}: {error}); measure again") from None
     return data
 
 
