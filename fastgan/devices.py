@@ -37,4 +37,4 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def check_backend(name: str, device: torch.device, precision: torch.dtype) -> None:
     """Raise BackendError where the backend that was asked for cannot run; the words are those of `fastgan.info`."""
     if name != "auto" and (reason := why_not(name, device=device.type, dtype=precision)) is not None:
-        raise BackendError(f"--backend: {reason}")
+        raise BackendError(f"--backend: {reason}; auto chooses for each operation")
