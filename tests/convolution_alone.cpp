@@ -96,6 +96,7 @@ int main() {
     ok &= run(4, 1, 1, 6, 5, false, channels_last);
     ok &= run(2, 17, 24, 5, 6, true, channels_last);
     ok &= run(3, 64, 130, 6, 8, false, channels_last);
+    ok &= run(3, 12, 24, 8, 9, true, channels_last), ok &= run(5, 24, 40, 4, 5, false, channels_last);
     ok &= run(5, 33, 128, 8, 8, false, channels_last);
     ok &= run(3, 8, 8, 72, 72, true, channels_last);  // in steps of some images
   }

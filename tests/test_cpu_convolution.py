@@ -21,6 +21,10 @@ SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd
     (2, 128, 130, 2, 4, False),
     (9, 17, 130, 3, 6, True),  # batches large enough for each thread to take images on its own
     (9, 24, 20, 4, 5, False),
+    # Few channels: images read in place in some directions, a register of channels and one that is not full.
+    (3, 12, 24, 8, 9, True),
+    (2, 16, 40, 8, 8, False),
+    (5, 6, 20, 5, 4, True),
     # Thin: one row, one column, few and many terms, rows longer than a run of sums, each number of registers.
     (2, 2, 24, 1, 6, False),
     (2, 4, 40, 7, 1, True),
@@ -227,10 +231,10 @@ def test_relu_stops_gradients_that_are_not_finite():
     assert not sums.any()
 
 
-@pytest.mark.parametrize("channels", [3, 64])
-def test_bits_do_not_depend_on_the_number_of_threads(channels):
+@pytest.mark.parametrize(("channels", "filters"), [(3, 130), (16, 40), (64, 130)])
+def test_bits_do_not_depend_on_the_number_of_threads(channels, filters):
     """Nor on whether a thread takes images on its own, as one alone does with 5, or all share each product."""
-    large, small, weight = sides(5, channels, 130, 8, 8, False)
+    large, small, weight = sides(5, channels, filters, 8, 8, False)
     constants = activation_constants(channels, torch.float32)
     results = []
     before = torch.get_num_threads()

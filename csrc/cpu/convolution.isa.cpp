@@ -2,6 +2,7 @@
 #if defined(__AVX2__)  // without it convolutions are the library's; see convolution.h
 #include "cpu/convolution.h"
 #include "cpu/parallel.h"
+#include "cpu/polyphase.h"
 #include "cpu/schemes.h"
 #include "cpu/scratch.h"
 #include "cpu/thin.h"
@@ -159,8 +160,7 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
     for (int64_t first = 0; first < s.N; first += step) {
       int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
       parallel(count, [&](int64_t i) { read(first + i, v + i * tiles * panel<T>, stride); });
-      multiply_points(Scheme::points, v, from.panels, to.panels, rows, stride, run, up ? Scheme::chunk_to_large : Scheme::chunk_to_small,
-                      m, weights);
+      multiply_points(Scheme::points, v, from.panels, to.panels, rows, stride, run, Scheme::chunk, m, weights);
       parallel(count, [&](int64_t i) { write(first + i, m + i * tiles * panel<T>, stride); });
     }
   }
@@ -225,6 +225,25 @@ void run_thin(const Convolution& c, const Sizes& s, const Filters<const T>& weig
   }
 }
 
+template <class T>
+void run_polyphase(const Convolution& c, const Sizes& s, const Filters<const T>& weight) {
+  Output<T> output(c.result, s.N, s.LH, s.LW, s.C);
+  Polyphase<T>(s).to_large(source_of<T>(c.small), weight, output.sink);
+  output.combine(s.N, s.LH, s.LW, s.C);
+}
+
+// Few channels on the large side, whose images products then read in place. To the small side rows must be long enough; to the
+// weight each image has sums of its own, which must be worth making and stay in the second-level cache.
+bool use_thin(const Convolution& c) {
+  if (c.C <= thin_channels) return c.scheme != scheme_winograd;
+  if (c.scheme != scheme_automatic) return false;
+  switch (c.direction) {
+    case Direction::to_small: return c.C < 16 && c.W >= 4;
+    case Direction::to_large: return false;
+    case Direction::to_weight: return c.C <= 16 && c.H * c.W >= 64 && c.C * c.K <= 4096;
+  }
+}
+
 // Winograd where it is both faster and within twice the library's error: short sums and padded panels forbid it.
 bool use_winograd(const Convolution& c) {
   if (c.scheme != scheme_automatic) return c.scheme == scheme_winograd;
@@ -239,13 +258,13 @@ template <class T>
 void run(const Convolution& c) {
   Sizes s = sizes_of(c);
   Filters<const T> weight{static_cast<const T*>(c.weight), c.K, c.C, c.weight_channels_last};
-  if (c.C <= thin_channels && c.scheme != scheme_winograd) return run_thin(c, s, weight);
+  if (use_thin(c)) return run_thin(c, s, weight);
   bool winograd = use_winograd(c);
   switch (c.direction) {
     case Direction::to_small:
       return winograd ? convolve<T, Winograd<T>, false>(s, c.large, weight, c.result) : convolve<T, Direct<T>, false>(s, c.large, weight, c.result);
     case Direction::to_large:
-      return winograd ? convolve<T, Winograd<T>, true>(s, c.small, weight, c.result) : convolve<T, Direct<T>, true>(s, c.small, weight, c.result);
+      return winograd ? convolve<T, Winograd<T>, true>(s, c.small, weight, c.result) : run_polyphase<T>(c, s, weight);
     case Direction::to_weight: {
       Filters<T> gradient{static_cast<T*>(c.result.out), c.K, c.C, c.weight_channels_last};
       return winograd ? to_weight<T, Winograd<T>>(s, c.large, c.small, gradient) : to_weight<T, Direct<T>>(s, c.large, c.small, gradient);

@@ -131,7 +131,7 @@ struct Winograd {
 
   // The transformed weight for panels first .. last of the small side, and of the operand's depth `count` from `from` on:
   // each point [panel][count][panel], points `point` apart. A chunk of depth holds whole groups.
-  static constexpr int64_t chunk_to_small = 2 * phases * panel<T>, chunk_to_large = chunk_to_small;
+  static constexpr int64_t chunk = 2 * phases * panel<T>;
 
   void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out,
                        int64_t point) const {
@@ -229,21 +229,6 @@ struct Direct {
     }
   }
 
-  void operand_to_large(const T* operand, T* image, int64_t stride) const {
-    int64_t line = large.columns * C;
-    std::fill_n(image, large.size(), T(0));
-    std::vector<T> patch(groups * panel<T>);
-    for (int64_t pixel = 0; pixel < H * W; pixel++, operand += panel<T>) {
-      T* corner = image + 2 * (pixel / W) * line + 2 * (pixel % W) * C;
-      for (int64_t g = 0; g < groups; g++) std::copy_n(operand + g * stride * panel<T>, panel<T>, patch.data() + g * panel<T>);
-      for (int y = 0; y < 4; y++) {
-        T* to = corner + y * line;
-        const T* from = patch.data() + y * 4 * C;
-        for (int64_t i = 0; i < 4 * C; i++) to[i] += from[i];
-      }
-    }
-  }
-
   void small_to_operand(const T* image, T* operand, int64_t stride) const {
     for (int64_t pixel = 0; pixel < H * W; pixel++) {
       for (int64_t g = 0; g < small_panels; g++) {
@@ -261,24 +246,13 @@ struct Direct {
   }
 
   // A chunk is the whole depth.
-  static constexpr int64_t chunk_to_small = INT64_MAX, chunk_to_large = chunk_to_small;
+  static constexpr int64_t chunk = INT64_MAX;
 
   void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t, int64_t count, T* out, int64_t) const {
     std::fill_n(out, (last - first) * count * panel<T>, T(0));
     for (int64_t kp = first; kp < last; kp++, out += count * panel<T>) {
       for (int64_t i = 0; i < panel<T> && kp * panel<T> + i < K; i++) {
         for (int64_t d = 0; d < taps * C; d++) out[d * panel<T> + i] = *weight.at(kp * panel<T> + i, d % C, d / C);
-      }
-    }
-  }
-
-  void weight_to_large(const Filters<const T>& weight, int64_t first, int64_t last, int64_t, int64_t count, T* out, int64_t) const {
-    std::fill_n(out, (last - first) * count * panel<T>, T(0));
-    for (int64_t group = first; group < last; group++, out += count * panel<T>) {
-      for (int64_t i = 0; i < panel<T>; i++) {
-        int64_t d = group * panel<T> + i;
-        if (d >= taps * C) break;
-        for (int64_t k = 0; k < K; k++) out[k * panel<T> + i] = *weight.at(k, d % C, d / C);
       }
     }
   }

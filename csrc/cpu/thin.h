@@ -1,8 +1,8 @@
-// The large side an image of 1 to 4 channels: the first convolution of a discriminator, the last of a generator and their
+// The large side an image of few channels: the first convolution of a discriminator, the last of a generator and their
 // gradients. Depth on the large side is (ky, kx, c), so a pixel of the small side meets `reach` consecutive values in each
 // of 4 rows of the padded image: products to the small side and to the weight read those in place, without im2col.
 //
-// To the large side, the padded image is made in squares of 2x2 pixels: square (y, x) has terms from the pixels y - 1, y and
+// To the large side, of 1 to 4 channels, the padded image is made in squares of 2x2 pixels: square (y, x) has terms from the pixels y - 1, y and
 // x - 1, x of the small side. A row of that gives [ky][kx % 2][c] to the squares of two rows; along it this is a filter of
 // two taps, so that three squares come of four products (Winograd's F(3, 2)):
 //   points of the small side    d0 - d2, d1 + d2, d2 - d1, d3 - d1        of the pixels d around the three
@@ -17,7 +17,7 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t thin_channels = 4;
+constexpr int64_t thin_channels = 4;  // in all directions; to the small side and to the weight more may pay
 
 // Memory that is read later, asked for share by share while products are computed: all at once, the processor would wait.
 template <class T>
@@ -202,8 +202,8 @@ struct Thin {
   }
 
   void to_weight(const Source<T>& large_source, const Source<T>& small_source, const Filters<T>& weight) const {
-    constexpr int64_t together = 128;  // images whose sums are kept, to be added in their order
-    int64_t size = depth * columns;
+    int64_t size = depth * columns;  // of the sums of one image; as many are kept, to be added in their order, as caches hold
+    int64_t together = std::clamp<int64_t>((int64_t{8} << 20) / (size * sizeof(T)), 16, 128);
     T* sums = scratch<T>(Scratch::partial, std::min(s.N, together) * size);
     for (int64_t first = 0; first < s.N; first += together) {
       int64_t images = std::min(together, s.N - first);
