@@ -236,12 +236,9 @@ void run_polyphase(const Convolution& c, const Sizes& s, const Filters<const T>&
 // weight each image has sums of its own, which must be worth making and stay in the second-level cache.
 bool use_thin(const Convolution& c) {
   if (c.C <= thin_channels) return c.scheme != scheme_winograd;
-  if (c.scheme != scheme_automatic) return false;
-  switch (c.direction) {
-    case Direction::to_small: return c.C < 16 && c.W >= 4;
-    case Direction::to_large: return false;
-    case Direction::to_weight: return c.C <= 16 && c.H * c.W >= 64 && c.C * c.K <= 4096;
-  }
+  if (c.scheme != scheme_automatic || c.direction == Direction::to_large) return false;
+  if (c.direction == Direction::to_small) return c.C < 16 && c.W >= 4;
+  return c.C <= 16 && c.H * c.W >= 64 && c.C * c.K <= 4096;
 }
 
 // Winograd where it is both faster and within twice the library's error: short sums and padded panels forbid it.

@@ -1,6 +1,7 @@
-// The two ways a 4x4 stride-2 padding-1 convolution becomes products of matrices in panel layout. Both have a large side
-// [N, LH, LW, C] and a small side [N, H, W, K], joined by a weight [K, C, 4, 4]: a convolution maps large to small, a
-// transposed convolution or an input gradient small to large, and a weight gradient both to the weight.
+// The two ways a 4x4 stride-2 padding-1 convolution becomes products of matrices in panel layout; two more, thin.h and
+// polyphase.h, read images in place. All have a large side [N, LH, LW, C] and a small side [N, H, W, K], joined by a weight
+// [K, C, 4, 4]: a convolution maps large to small, a transposed convolution or an input gradient small to large, and a
+// weight gradient both to the weight.
 //
 // A scheme turns a tile of either side into `points` rows of a product's operand and back (the transposed map), and the
 // weight into the other operand. Depth on the large side is groups * phases panels, on the small side `small_panels`.
@@ -199,8 +200,8 @@ struct Winograd {
   }
 };
 
-// The definition as a matrix product (im2col): for few channels, where Winograd's transforms cost more than they save.
-// Depth on the large side is (ky, kx, c); a tile is one pixel.
+// The definition as a matrix product (im2col), to the small side and to the weight: where Winograd's transforms cost more
+// than they save, or too much of its error stays. Depth on the large side is (ky, kx, c); a tile is one pixel.
 template <class T>
 struct Direct {
   static constexpr int points = 1, phases = 1;
