@@ -132,8 +132,8 @@ def activate(y: Tensor, constants: Tensor, slope: float) -> Tensor:
     return F.leaky_relu(s * (y - mu) + beta, slope)
 
 
-@pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
-@pytest.mark.parametrize("shape", [(2, 17, 24, 5, 6, True), (2, 32, 16, 4, 4, False)], ids=str)
+@pytest.mark.parametrize("scheme", [AUTOMATIC, WINOGRAD, DIRECT], ids=["automatic", "winograd", "direct"])
+@pytest.mark.parametrize("shape", [(2, 17, 24, 5, 6, True), (2, 32, 16, 4, 4, False), (2, 12, 24, 8, 9, True)], ids=str)
 def test_prologue_comes_before_the_zero_padding(shape, scheme):
     large, small, weight = (t.double() for t in sides(*shape))
     constants, slope = activation_constants(large.shape[1]), 0.2
@@ -144,9 +144,10 @@ def test_prologue_comes_before_the_zero_padding(shape, scheme):
     assert (padded_first - truth).abs().max() > 1, "the planted order of padding and prologue would not show here"
 
 
-@pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
-def test_gradient_operand_and_backward_finish(scheme):
-    large, small, weight = (t.double() for t in sides(2, 17, 24, 5, 6, True))
+@pytest.mark.parametrize("scheme", [AUTOMATIC, WINOGRAD, DIRECT], ids=["automatic", "winograd", "direct"])
+@pytest.mark.parametrize("shape", [(2, 17, 24, 5, 6, True), (2, 12, 24, 8, 9, True)], ids=str)
+def test_gradient_operand_and_backward_finish(shape, scheme):
+    large, small, weight = (t.double() for t in sides(*shape))
     raw, by = channels_last(*small.shape).double(), activation_constants(small.shape[1])
     a, b, c, mu = by[:, :, None, None]
     dy = a * small + b * (raw - mu) + c
@@ -162,7 +163,11 @@ def test_gradient_operand_and_backward_finish(scheme):
     torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(2, 17, 24, 5, 6, True), (3, 64, 130, 4, 4, False), (2, 3, 40, 4, 5, True)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 17, 24, 5, 6, True), (3, 64, 130, 4, 4, False), (2, 3, 40, 4, 5, True), (2, 12, 24, 8, 9, True)],
+    ids=str,
+)
 def test_prologues_and_backward_finish_in_fp32(shape):
     """Every operand and result of training's dtype: the sets with wide registers have no copy for fp64."""
     large, small, weight = sides(*shape)
@@ -274,21 +279,21 @@ def test_what_is_not_finite_stays_visible(value):
     assert not torch.isfinite(got[expected]).any()
 
 
-@pytest.mark.parametrize("channels", [3, 8, 17, 24])
-@pytest.mark.parametrize("scheme", [WINOGRAD, DIRECT], ids=["winograd", "direct"])
+@pytest.mark.parametrize("channels", [3, 8, 12, 17, 24])
+@pytest.mark.parametrize("scheme", [AUTOMATIC, WINOGRAD, DIRECT], ids=["automatic", "winograd", "direct"])
 def test_nothing_of_an_earlier_call_is_read(channels, scheme):
     """Working memory is kept between calls: what a call with NaN leaves in it must not reach the next."""
-    large, small, weight = sides(2, 32, 32, 4, 4, False)
+    large, small, weight = sides(2, 32, 32, 8, 8, False)
     nothing = (None, None, 1.0)
 
     def run(large, small, weight):
-        to_large = convolve([small], weight, True, (8, 8), scheme)[0]
+        to_large = convolve([small], weight, True, (16, 16), scheme)[0]
         gradient = torch.ops.fastgan_cpu.weight_gradient(large, *nothing, small, *nothing, False, scheme)
-        return convolve([large], weight, False, (4, 4), scheme)[0], to_large, gradient
+        return convolve([large], weight, False, (8, 8), scheme)[0], to_large, gradient
 
     for result in run(large * torch.nan, small * torch.nan, weight * torch.nan):
         assert result.isnan().all()
-    for result in run(*sides(2, channels, channels, 4, 4, False)):
+    for result in run(*sides(2, channels, channels, 8, 8, False)):
         assert result.isfinite().all()
 
 
