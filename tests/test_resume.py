@@ -262,6 +262,8 @@ def start(arguments):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell's background ignores Ctrl-C, and what it starts inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
