@@ -17,8 +17,8 @@ STEPS = [  # (case, beside what, at least so many times as fast)
 ]
 MIDDLE_MEAN, MIDDLE, THIN = 1.75, 1.4, 4.0
 # Thin layers have something to gain where the library runs below this share of a matrix product's peak. It was set as
-# 60 GFLOP/s where the peak was 165, which is 0.36. It runs four of their passes at up to 0.44 and the other two at 0.6
-# or more; half way in between, no row drops out when the machine runs a little faster.
+# 60 GFLOP/s where the peak was 165, which is 0.36. The library runs four of their passes at up to 0.44, two at 0.6 or
+# more; half way in between, no row drops out when the machine runs a little faster.
 SLOW = 0.5
 OPERATIONS = {"bn_act": 4.0, "gan_bce": 2.0}
 COPY = 0.5  # of the bandwidth of a copy, for bn_act

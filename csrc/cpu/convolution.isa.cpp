@@ -209,7 +209,7 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
 }
 
 template <class T>
-void run_thin(const Convolution& c, const Sizes& s, const Filters<const T>& weight) {
+void run_in_place(const Convolution& c, const Sizes& s, const Filters<const T>& weight) {
   Thin<T> thin(s);
   if (c.direction == Direction::to_small) {
     Output<T> output(c.result, s.N, s.H, s.W, s.K);
@@ -217,28 +217,16 @@ void run_thin(const Convolution& c, const Sizes& s, const Filters<const T>& weig
     output.combine(s.N, s.H, s.W, s.K);
   } else if (c.direction == Direction::to_large) {
     Output<T> output(c.result, s.N, s.LH, s.LW, s.C);
-    thin.to_large(source_of<T>(c.small), weight, output.sink);
+    if (c.C <= thin_channels) {
+      thin.to_large(source_of<T>(c.small), weight, output.sink);
+    } else {
+      Polyphase<T>(s).to_large(source_of<T>(c.small), weight, output.sink);
+    }
     output.combine(s.N, s.LH, s.LW, s.C);
   } else {
     thin.to_weight(source_of<T>(c.large), source_of<T>(c.small),
                    {static_cast<T*>(c.result.out), c.K, c.C, c.weight_channels_last});
   }
-}
-
-template <class T>
-void run_polyphase(const Convolution& c, const Sizes& s, const Filters<const T>& weight) {
-  Output<T> output(c.result, s.N, s.LH, s.LW, s.C);
-  Polyphase<T>(s).to_large(source_of<T>(c.small), weight, output.sink);
-  output.combine(s.N, s.LH, s.LW, s.C);
-}
-
-// Few channels on the large side, whose images products then read in place. To the small side rows must be long enough; to the
-// weight each image has sums of its own, which must be worth making and stay in the second-level cache.
-bool use_thin(const Convolution& c) {
-  if (c.C <= thin_channels) return c.scheme != scheme_winograd;
-  if (c.scheme != scheme_automatic || c.direction == Direction::to_large) return false;
-  if (c.direction == Direction::to_small) return c.C < 16 && c.W >= 4;
-  return c.C <= 16 && c.H * c.W >= 64 && c.C * c.K <= 4096;
 }
 
 // Winograd where it is both faster and within twice the library's error: short sums and padded panels forbid it.
@@ -249,19 +237,29 @@ bool use_winograd(const Convolution& c) {
   return c.C >= 16 && c.K >= (c.direction == Direction::to_large ? 128 : 16);
 }
 
+// Products that read the images in place. To the small side rows must be long enough; to the weight each image has sums of its
+// own, which must be worth making and stay in the second-level cache (256 KB of them). Im2col has no pass to the large side.
+bool use_in_place(const Convolution& c) {
+  if (c.C <= thin_channels) return c.scheme != scheme_winograd;
+  if (c.direction == Direction::to_large) return !use_winograd(c);
+  if (c.scheme != scheme_automatic) return false;
+  if (c.direction == Direction::to_small) return c.C < 16 && c.W >= 4;
+  return c.C <= 16 && c.H * c.W >= 64 && c.C * c.K <= 4096;
+}
+
 Sizes sizes_of(const Convolution& c) { return {c.N, c.C, c.LH, c.LW, c.K, c.H, c.W}; }
 
 template <class T>
 void run(const Convolution& c) {
   Sizes s = sizes_of(c);
   Filters<const T> weight{static_cast<const T*>(c.weight), c.K, c.C, c.weight_channels_last};
-  if (use_thin(c)) return run_thin(c, s, weight);
+  if (use_in_place(c)) return run_in_place(c, s, weight);
   bool winograd = use_winograd(c);
   switch (c.direction) {
     case Direction::to_small:
       return winograd ? convolve<T, Winograd<T>, false>(s, c.large, weight, c.result) : convolve<T, Direct<T>, false>(s, c.large, weight, c.result);
     case Direction::to_large:
-      return winograd ? convolve<T, Winograd<T>, true>(s, c.small, weight, c.result) : run_polyphase<T>(c, s, weight);
+      return convolve<T, Winograd<T>, true>(s, c.small, weight, c.result);
     case Direction::to_weight: {
       Filters<T> gradient{static_cast<T*>(c.result.out), c.K, c.C, c.weight_channels_last};
       return winograd ? to_weight<T, Winograd<T>>(s, c.large, c.small, gradient) : to_weight<T, Direct<T>>(s, c.large, c.small, gradient);

@@ -20,6 +20,7 @@ struct Polyphase {
   explicit Polyphase(const Sizes& s)
       : s(s),
         registers((s.C + lanes<T> - 1) / lanes<T>),
+        // Two or three leave no register empty where that can be; a tile of one alone loads more than it multiplies.
         tile(registers % 2 == 0 ? 2 : registers % 3 == 0 ? 3 : registers == 1 ? 1 : 2),
         tiles((registers + tile - 1) / tile),
         depth(2 * s.K),

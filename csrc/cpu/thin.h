@@ -2,9 +2,9 @@
 // gradients. Depth on the large side is (ky, kx, c), so a pixel of the small side meets `reach` consecutive values in each
 // of 4 rows of the padded image: products to the small side and to the weight read those in place, without im2col.
 //
-// To the large side, of 1 to 4 channels, the padded image is made in squares of 2x2 pixels: square (y, x) has terms from the pixels y - 1, y and
-// x - 1, x of the small side. A row of that gives [ky][kx % 2][c] to the squares of two rows; along it this is a filter of
-// two taps, so that three squares come of four products (Winograd's F(3, 2)):
+// To the large side, of 1 to 4 channels, the padded image is made in squares of 2x2 pixels: square (y, x) has terms from the
+// pixels y - 1, y and x - 1, x of the small side. A row of that gives [ky][kx % 2][c] to the squares of two rows; along it
+// this is a filter of two taps, so that three squares come of four products (Winograd's F(3, 2)):
 //   points of the small side    d0 - d2, d1 + d2, d2 - d1, d3 - d1        of the pixels d around the three
 //   of the weight               left, (left + right) / 2, (left - right) / 2, right
 //   squares of the products m   m0 + m1 + m2, m1 - m2, m3 + m1 + m2
@@ -17,7 +17,7 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t thin_channels = 4;  // in all directions; to the small side and to the weight more may pay
+constexpr int64_t thin_channels = 4;  // to the large side at most; in the other directions more may pay
 
 // Memory that is read later, asked for share by share while products are computed: all at once, the processor would wait.
 template <class T>
