@@ -54,7 +54,6 @@ BackendError where it cannot run.
 
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,8 +66,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgan import first_use
 from fastgan.errors import BackendError
-from fastgan.tolerance import misses
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 _DEVICES: dict[str, tuple[str, ...] | None] = {
@@ -85,18 +84,13 @@ _DTYPES = {
 }
 _PREFERRED_ON_CUDA = ("triton",)
 _OPTIONAL = frozenset({"update_running_stats"})
-# Arguments that a kernel changes, by position: it is compared on copies of them.
-_IN_PLACE = {"update_running_stats": (0, 1), "block_constants": (4, 5), "convolve_block_constants": (11, 12)}
 
 Kernel = Callable[..., Any]
 operations: dict[str, dict[str, Kernel]] = {}
 _stem_of: dict[str, str] = {}
 _whole: dict[str, tuple[str, ...]] = {}
 _by_elements: set[str] = set()
-_settle: dict[str, Callable[[str, tuple], tuple]] = {}
-_noise: dict[str, Callable[[str, tuple], list[float]]] = {}
-_fewer: dict[str, Callable[[str, tuple], tuple]] = {}
-_comparable: dict[str, Callable[[str, Any], Any]] = {}
+_comparisons: dict[str, first_use.Comparison] = {}
 
 
 class Decision(NamedTuple):
@@ -109,31 +103,23 @@ class Decision(NamedTuple):
 def define(
     stem: str,
     kernels: dict[str, Kernel],
-    settle: Callable[[str, tuple], tuple] | None = None,
-    noise: Callable[[str, tuple], list[float]] | None = None,
-    few: Callable[[str, tuple], tuple] | None = None,
-    comparable: Callable[[str, Any], Any] | None = None,
+    comparison: first_use.Comparison = first_use.AS_THEY_ARE,
     whole: tuple[str, ...] = (),
     by_elements: bool = False,
 ) -> None:
     """Declare the split operations of a stem with their eager definitions (called once by
     `fastgan/ops/STEM.py`).
 
-    `settle(name, args)` returns arguments on which two right kernels must agree (no activation at its kink);
-    `noise(name, args)` the errors of each output that are let pass at a kernel's first use; `few(name, args)`
-    arguments small enough for a comparison in fp64; `comparable(name, result)` what of a result is determined. `whole`
-    are kernels that stand for several split operations at once, where a backend has them. `by_elements`: its speed
-    depends on the number of elements alone, and the table of what is faster on CPUs holds that as [N].
+    `comparison` is how kernels are compared with them at their first use on CUDA. `whole` are kernels that stand for
+    several split operations at once, where a backend has them. `by_elements`: its speed depends on the number of
+    elements alone, and the table of what is faster on CPUs holds that as [N].
     """
     operations[stem] = kernels
     _stem_of.update(dict.fromkeys((*kernels, *whole), stem))
     _whole[stem] = whole
     if by_elements:
         _by_elements.add(stem)
-    _settle[stem] = settle or (lambda _, args: args)
-    _noise[stem] = noise or (lambda _, args: [])
-    _fewer[stem] = few or _few
-    _comparable[stem] = comparable or (lambda _, result: result)
+    _comparisons[stem] = comparison
 
 
 # --- what a backend can run -----------------------------------------------------------------------
@@ -427,15 +413,9 @@ def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int
     return Decision(row.backend, faster + _copy(row.backend))
 
 
-# --- running a kernel, and trusting it ------------------------------------------------------------
+# --- running a kernel -----------------------------------------------------------------------------
 
 _counts: Counter[tuple[str, str]] = Counter()
-_verdicts: dict[tuple, str | None] = {}
-_VERIFY_ELEMENTS = 1 << 24
-# The tests pool 64 sums; at a kernel's first use there may be 8, of which a right kernel's error was measured at up to
-# 4.0 times PyTorch's own (fp16, [7, 1]). This is twice that. The planted bugs of tests/test_bn_act_triton.py were
-# measured at 49 times and more where bf16 is stored, and at 300,000 times and more in fp32.
-FIRST_USE_FACTOR = 8
 
 
 def counts() -> dict[tuple[str, str], int]:
@@ -476,57 +456,7 @@ def _is_compared(tensor: Tensor) -> bool:
 
 def _run_compared(backend: str, forced: bool, of: tuple, name: str, *args: Any) -> Any:
     """A kernel that missed gives way to eager, or where the backend was `forced` raises BackendError."""
-    key = (backend, name, *of)
-    verdict = _verdicts[key] if key in _verdicts else _verify(key, args)
+    verdict = first_use.verdict((backend, name, *of), kernel, _comparisons[_stem_of[name]], args)
     if verdict is not None and forced:
-        raise BackendError(f"kernel {name} of backend '{backend}' is disabled here: {verdict}")
+        raise BackendError(first_use.disabled(backend, name, verdict))
     return run(backend if verdict is None else "eager", name, *args)
-
-
-def _verify(key: tuple, args: tuple) -> str | None:
-    """Compare a kernel with the definition on the real arguments; None if it agrees, else why it is
-    disabled."""
-    backend, name, dtype, how, device = key
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "not compared yet: a comparison needs the host, and a CUDA graph is being captured"
-    stem = _stem_of[name]
-    few = _settle[stem](name, _fewer[stem](name, args))
-    try:
-        got = _outcome(kernel(backend, name), name, few)
-        truth = _outcome(kernel("eager", name), name, tuple(_to_fp64(a) for a in few))
-        own = _outcome(kernel("eager", name), name, few)
-        reason = misses(got, own, truth, FIRST_USE_FACTOR, floor=_noise[stem](name, few))
-    except Exception as error:  # whatever a kernel raises, training goes on by the definition
-        reason = f"{type(error).__name__}: {error}"
-    _verdicts[key] = reason
-    if reason is not None:
-        warnings.warn(
-            f"fastgan: kernel {name} of backend '{backend}' is disabled for {dtype}, {how}, {device}: "
-            f"{reason}. The eager definition runs instead; please report this.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return reason
-
-
-def _outcome(function: Kernel, name: str, args: tuple) -> list[Tensor]:
-    """What `function` returns as far as it is determined, and what it makes of copies of the arguments it changes."""
-    changed = [i for i in _IN_PLACE.get(name, ()) if args[i] is not None]
-    args = tuple(a.clone() if i in changed else a for i, a in enumerate(args))
-    result = _comparable[_stem_of[name]](name, function(*args))
-    returned = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
-    return [*returned, *(args[i] for i in changed)]
-
-
-def _to_fp64(arg: Any) -> Any:
-    return arg.double() if isinstance(arg, Tensor) else arg
-
-
-def _few(_: str, args: tuple) -> tuple:
-    """The same arguments with the batch cut so that a comparison in fp64 stays within a few milliseconds
-    and MB."""
-    largest = max((a for a in args if isinstance(a, Tensor)), key=lambda a: a.numel())
-    if largest.dim() < 2 or largest.numel() <= _VERIFY_ELEMENTS:
-        return args
-    keep = max(1, _VERIFY_ELEMENTS * largest.shape[0] // largest.numel())
-    return tuple(a[:keep] if isinstance(a, Tensor) and a.shape == largest.shape else a for a in args)

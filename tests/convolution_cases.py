@@ -74,7 +74,7 @@ def convolve_arguments(case: Case, seed: int = 0) -> tuple:
     if "backward" in case.epilogue:
         constants = _constants(result[1], seed + 1, case.dtype) if case.epilogue == "backward" else None
         out = (draw(*result, at=-3 if constants is not None else 0), constants, case.slope)
-    return backends._settle["conv_bn_act"](
+    return backends._comparisons["conv_bn_act"].settle(
         "convolve",
         (
             *_operand(case, value, seed + 2, case.operand), weight, bias, case.geometry, case.to_large, result[2:],

@@ -14,7 +14,7 @@ from torch import nn
 from triton_device import DEVICE, MARKS
 
 import fastgan
-from fastgan import backends, library
+from fastgan import backends, first_use, library
 from fastgan.errors import BackendError
 from fastgan.nn import ConvStack, Discriminator, Generator
 from fastgan.ops import bn_act, conv_bn_act
@@ -26,12 +26,12 @@ X = torch.randn(4, 3, 5, 5, device=DEVICE)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Each test starts without decisions, verdicts and cached kernels, and leaves none."""
-    for table in (backends._choices, backends._verdicts):
+    for table in (backends._choices, first_use._verdicts):
         table.clear()
     backends.kernel.cache_clear()
     backends.reset_counts()
     yield
-    for table in (backends._choices, backends._verdicts):
+    for table in (backends._choices, first_use._verdicts):
         table.clear()
     backends.kernel.cache_clear()
 
@@ -226,9 +226,9 @@ def step(**chosen):
 
 def test_a_right_kernel_is_trusted_and_compared_once(verified, monkeypatch, recwarn):
     step()
-    assert {verdict for verdict in backends._verdicts.values()} == {None}
-    assert {key[1] for key in backends._verdicts} == {"bn_stats", "bn_act", "bn_act_reduce", "bn_act_backward"}
-    monkeypatch.setattr(backends, "_verify", lambda *_: pytest.fail("compared again"))
+    assert {verdict for verdict in first_use._verdicts.values()} == {None}
+    assert {key[1] for key in first_use._verdicts} == {"bn_stats", "bn_act", "bn_act_reduce", "bn_act_backward"}
+    monkeypatch.setattr(first_use, "_compare", lambda *_: pytest.fail("compared again"))
     step()
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning) and "disabled" in str(w.message)]
 
@@ -254,7 +254,7 @@ def test_a_wrong_kernel_is_disabled_by_name_and_training_stays_right(verified, m
     monkeypatch.setattr(kernels, name, bug(getattr(kernels, name)))
     with pytest.warns(RuntimeWarning, match=f"kernel {name} of backend 'triton' is disabled for torch.float32"):
         got = step()
-    assert [key[1] for key, verdict in backends._verdicts.items() if verdict] == [name]
+    assert [key[1] for key, verdict in first_use._verdicts.items() if verdict] == [name]
     assert ("eager", name) in backends.counts()
     for mine, own in zip(got, step(backend="eager"), strict=True):
         torch.testing.assert_close(mine, own)
@@ -294,12 +294,12 @@ def test_the_update_of_running_statistics_is_compared_on_copies(verified, monkey
 def test_each_dtype_and_layout_is_compared(verified):
     for x in (X, X.half(), X.to(memory_format=torch.channels_last)):
         bn_act(x, None, None, training=True, backend="triton")
-    assert len(backends._verdicts) == 6
+    assert len(first_use._verdicts) == 6
 
 
 def test_a_large_input_is_compared_on_its_first_images(monkeypatch):
-    monkeypatch.setattr(backends, "_VERIFY_ELEMENTS", 100)
-    dz, y, slope = backends._few("bn_act_reduce", (X, X, 0.2))
+    monkeypatch.setattr(first_use, "_VERIFY_ELEMENTS", 100)
+    dz, y, slope = first_use.first_images("bn_act_reduce", (X, X, 0.2))
     assert dz.shape == y.shape == (1, 3, 5, 5)
     assert slope == 0.2
 

@@ -15,7 +15,7 @@ from tolerance import assert_as_right_as_torch
 from torch.autograd import gradcheck, gradgradcheck
 from triton_device import DEVICE, MARKS
 
-from fastgan import backends
+from fastgan import backends, first_use
 from fastgan.ops import bn_act
 from fastgan.ops.bn_act_eager import settle
 from fastgan.tolerance import FACTOR, misses
@@ -401,4 +401,4 @@ def test_a_planted_bug_is_caught(planted_kernels, monkeypatch, bug, dtype):
     monkeypatch.setattr(tuning, "CONFIGURATIONS", (tuning.Configuration(64, 4),))
     module.TILE, module.PROGRAMS = 64, 12  # several tiles and splits on few elements, so that nothing can hide
     several = [arguments(name, (2, 3, 5, 7), "contiguous", dtype, 0.2, seed) for seed in range(4)]
-    assert verdict(module, name, several, backends.FIRST_USE_FACTOR) is not None
+    assert verdict(module, name, several, first_use.FACTOR) is not None

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from triton_device import DEVICE, MARKS
 
 import fastgan
-from fastgan import backends
+from fastgan import backends, first_use
 from fastgan.backends import counts, reset_counts, use_backend
 from fastgan.errors import BackendError
 from fastgan.nn import Discriminator, Generator
@@ -245,7 +245,7 @@ def test_a_request_that_cannot_run_raises_with_the_reason(monkeypatch):
 def compared(monkeypatch):
     """As on a card: each kernel is compared with the definition at its first use."""
     monkeypatch.setattr(backends, "_is_compared", lambda _: True)
-    monkeypatch.setattr(backends, "_verdicts", {})
+    monkeypatch.setattr(first_use, "_verdicts", {})
 
 
 def test_right_kernels_are_trusted(compared):
@@ -254,10 +254,10 @@ def test_right_kernels_are_trusted(compared):
         network, images = Discriminator(16, 3, 8).to(DEVICE, dtype), torch.randn(6, 3, 16, 16).to(DEVICE, dtype)
         with use_backend("triton"):
             network(images.requires_grad_()).sum().backward()
-    assert {name for _, name, *_ in backends._verdicts} >= {
+    assert {name for _, name, *_ in first_use._verdicts} >= {
         "convolve", "weight_gradient", "convolve_block_constants", "convolve_block_gradient_constants",
     }  # fmt: skip
-    assert not any(backends._verdicts.values())
+    assert not any(first_use._verdicts.values())
 
 
 @pytest.mark.parametrize(

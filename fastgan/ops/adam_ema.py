@@ -4,12 +4,12 @@ Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015; Loshchilov an
 Regularization", 2019. Exactly torch's fused optimiser followed by `ema.lerp_(param, 1 - ema_decay)`.
 """
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fastgan import first_use
 from fastgan.backends import choose, count, decide_on_cpu, define, kernel, requested
 from fastgan.errors import BackendError
 from fastgan.ops._library import register
@@ -137,7 +137,7 @@ def _run(params, *rest) -> None:
     name = _decide(params, backend)
     if name != "eager" and params[0].is_cuda and (reason := _mistrust(name, params, *args)) is not None:
         if backend is not None:
-            raise BackendError(f"kernel adam_ema of backend '{name}' is disabled here: {reason}")
+            raise BackendError(first_use.disabled(name, "adam_ema", reason))
         name = "eager"
     count(name, "adam_ema")
     kernel(name, "adam_ema")(params, *args)
@@ -152,16 +152,11 @@ def _mistrust(name: str, *args) -> str | None:
     key = (name, first.device, first.dtype)
     if key not in _verdicts:
         if torch.cuda.is_current_stream_capturing():
-            return "not compared yet: a comparison needs the host, and a CUDA graph is being captured"
+            return first_use.NOT_YET
         got, own = _updated(name, args, None), _updated("eager", args, None)
         reason = _verdicts[key] = misses(got, own, _updated("eager", args, torch.float64))
         if reason is not None:
-            warnings.warn(
-                f"fastgan: kernel adam_ema of backend '{name}' is disabled on {first.device}: {reason}. "
-                "The eager definition runs instead; please report this.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            first_use.warn_of(name, "adam_ema", str(first.device), reason)
     return _verdicts[key]
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.backends import define
+from fastgan.first_use import Comparison
 
 
 def activation(v: Tensor, slope: float) -> Tensor:
@@ -143,7 +144,6 @@ define(
         "bn_act_backward": backward,
         "update_running_stats": update_running_stats,
     },
-    settle,
-    noise,
+    Comparison(settle, noise),
     whole=("bn_act_train", "bn_act_eval", "bn_act_grad"),
 )

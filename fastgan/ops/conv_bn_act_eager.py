@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan.backends import define
+from fastgan.first_use import Comparison
 from fastgan.ops.bn_act_eager import stat_dtype
 
 
@@ -284,8 +285,5 @@ define(
         "convolve_block_constants": convolve_block_constants,
         "convolve_block_gradient_constants": convolve_block_gradient_constants,
     },
-    settle,
-    _noise,
-    few=_few,
-    comparable=_comparable,
+    Comparison(settle, _noise, _few, _comparable),
 )
