@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton_device import DEVICE
 
-from fastgan import backends
+from fastgan import backends, first_use
 from fastgan.ops.conv_bn_act_eager import Geometry
 from fastgan.tolerance import misses
 
@@ -120,12 +120,12 @@ def _operand(case: Case, shape: tuple, seed: int, kind: str) -> tuple:
 
 def verdict(module, name: str, several: list[tuple]) -> str | None:
     """Why the kernel of `module` misses, or None; over several arguments together, as a few channels may be lucky."""
-    outcome, eager = backends._outcome, backends.kernel("eager", name)
+    eager, comparison = backends.kernel("eager", name), backends._comparisons["conv_bn_act"]
     outcomes = []
     for args in several:
         wide = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
         runs = ((getattr(module, name), args), (eager, args), (eager, wide))
-        outcomes.append([outcome(function, name, given) for function, given in runs])
+        outcomes.append([first_use._outcome(function, comparison, name, given) for function, given in runs])
     joined = []
     for runs in zip(*outcomes, strict=True):
         joined.append(tuple(torch.cat([t.flatten() for t in column]) for column in zip(*runs, strict=True)))
