@@ -36,10 +36,12 @@ CSRC = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if p.is_dir()), 
 
 # A chain, each set holding the one before it. `csrc/cpu/*.isa.cpp` is compiled once per set, the rest once.
 _AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "avx2": _AVX2,
-    "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "avx512": _AVX512,
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 
 # torch's names for architectures, which TORCH_CUDA_ARCH_LIST may use.

@@ -3,8 +3,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/vec.h"
+
 namespace fastgan::cpu::FASTGAN_ISA {
-namespace {
 
 struct bfloat16 {
   uint16_t bits;
@@ -25,5 +26,28 @@ inline bfloat16 narrowed(float x) {
   return {static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded)};
 }
 
-}  // namespace
+#if defined(__AVX512BF16__)
+// bf16 in memory, float in registers. The instruction that narrows takes denormal numbers for 0, as those that multiply do.
+FASTGAN_INLINE Vec<float> load(const bfloat16* p, int64_t n = lanes<float>) {
+  __mmask16 some = n >= lanes<float> ? 0xffff : (1u << n) - 1;
+  return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16));
+}
+
+FASTGAN_INLINE __m256i narrowed(Vec<float> v) { return __m256i(_mm512_cvtneps_pbh(v)); }
+
+FASTGAN_INLINE void store(bfloat16* p, Vec<float> v, int64_t n = lanes<float>) {
+  __mmask16 some = n >= lanes<float> ? 0xffff : (1u << n) - 1;
+  _mm256_mask_storeu_epi16(p, some, narrowed(v));
+}
+
+FASTGAN_INLINE Vec<float> as_stored(const bfloat16*, Vec<float> v) {
+  return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(v)), 16));
+}
+
+// Pairs (a, b) of bf16, one per lane.
+FASTGAN_INLINE Vec<float> paired(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm512_or_si512(_mm512_cvtepu16_epi32(narrowed(a)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(b)), 16)));
+}
+#endif
+
 }  // namespace fastgan::cpu::FASTGAN_ISA

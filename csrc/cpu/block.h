@@ -3,6 +3,7 @@
 // dy = A*g + B*(y - mu) + C.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -46,11 +47,12 @@ FASTGAN_INLINE Vec<T> activated_gradient(Vec<T> dz, Vec<T> v, Vec<T> slope) {
 //   gradient:    A*a + B*(b - mu) + C,         constants [A, B, C, mu]
 enum class Operand { plain, activation, gradient };
 
-template <class T>
+// Stored as S, computed in T.
+template <class T, class S = T>
 struct Source {
   Operand kind = Operand::plain;
-  const T* a = nullptr;
-  const T* b = nullptr;
+  const S* a = nullptr;
+  const S* b = nullptr;
   const T* constants = nullptr;
   T slope = 1;
   int64_t images_per_set = 1;
@@ -62,19 +64,19 @@ struct Source {
 //   backward:    stored as x * phi'(v(y)); its sum and the sum of its product with (y - mu), constants [mu, s, beta]
 enum class Finish { plain, statistics, backward };
 
-template <class T>
+template <class T, class S = T>
 struct Sink {
   Finish kind = Finish::plain;
-  T* out = nullptr;
-  const T* y = nullptr;
+  S* out = nullptr;
+  const S* y = nullptr;
   const T* constants = nullptr;
   T slope = 1;
   int64_t images_per_set = 1;
   T* partial = nullptr;  // [image * blocks_per_image][2][C]
 };
 
-template <class T, Operand kind>
-FASTGAN_INLINE Vec<T> operand(const Source<T>& s, int64_t C, int64_t at, int64_t c, int64_t n) {
+template <class T, Operand kind, class S>
+FASTGAN_INLINE Vec<T> operand(const Source<T, S>& s, int64_t C, int64_t at, int64_t c, int64_t n) {
   Vec<T> a = load(s.a + at, n);
   auto constant = [&](int row) __attribute__((always_inline)) { return load(s.constants + row * C + c, n); };
   if constexpr (kind == Operand::activation) {
@@ -88,8 +90,8 @@ FASTGAN_INLINE Vec<T> operand(const Source<T>& s, int64_t C, int64_t at, int64_t
 }
 
 // `pixels` consecutive pixels from offset `at` on, to out [pixels][out_channels]; channels from C on become 0.
-template <class T, Operand kind>
-void operand_row(const Source<T>& s, int64_t C, int64_t at, int64_t pixels, T* out, int64_t out_channels) {
+template <class T, Operand kind, class S>
+void operand_row(const Source<T, S>& s, int64_t C, int64_t at, int64_t pixels, S* out, int64_t out_channels) {
   for (int64_t i = 0; i < pixels; i++, at += C, out += out_channels) {
     int64_t c = 0;
     for (; c + lanes<T> <= C; c += lanes<T>) store(out + c, operand<T, kind>(s, C, at + c, c, lanes<T>));
@@ -102,8 +104,8 @@ void operand_row(const Source<T>& s, int64_t C, int64_t at, int64_t pixels, T* o
 }
 
 // The same for whichever kind of operand it is.
-template <class T>
-void operand_pixels(const Source<T>& s, int64_t C, int64_t at, int64_t pixels, T* out, int64_t out_channels) {
+template <class T, class S>
+void operand_pixels(const Source<T, S>& s, int64_t C, int64_t at, int64_t pixels, S* out, int64_t out_channels) {
   switch (s.kind) {
     case Operand::activation: return operand_row<T, Operand::activation>(s, C, at, pixels, out, out_channels);
     case Operand::gradient: return operand_row<T, Operand::gradient>(s, C, at, pixels, out, out_channels);
@@ -121,17 +123,17 @@ struct Frame {
   int64_t offset(int64_t y, int64_t x) const { return ((y + border) * columns + x + border) * channels; }
 };
 
-template <class T>
-void read_image(const Source<T>& source, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, T* copy) {
-  Source<T> s = of_image(source, image, C);
+template <class T, class S>
+void read_image(const Source<T, S>& source, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, S* copy) {
+  Source<T, S> s = of_image(source, image, C);
   int64_t below = frame.rows - frame.border - H, right = frame.columns - frame.border - W;
-  std::fill_n(copy, frame.border * frame.columns * frame.channels, T(0));
-  std::fill_n(copy + frame.size() - below * frame.columns * frame.channels, below * frame.columns * frame.channels, T(0));
+  std::fill_n(copy, frame.border * frame.columns * frame.channels, S{});
+  std::fill_n(copy + frame.size() - below * frame.columns * frame.channels, below * frame.columns * frame.channels, S{});
   for (int64_t y = 0; y < H; y++) {
-    T* row = copy + frame.offset(y, 0);
+    S* row = copy + frame.offset(y, 0);
     int64_t at = (image * H + y) * W * C;
-    std::fill_n(row - frame.border * frame.channels, frame.border * frame.channels, T(0));
-    std::fill_n(row + W * frame.channels, right * frame.channels, T(0));
+    std::fill_n(row - frame.border * frame.channels, frame.border * frame.channels, S{});
+    std::fill_n(row + W * frame.channels, right * frame.channels, S{});
     operand_pixels(s, C, at, W, row, frame.channels);
   }
 }
@@ -142,15 +144,29 @@ constexpr int64_t block_pixels = 256;
 inline int64_t block_rows(int64_t W) { return std::max<int64_t>(1, block_pixels / W); }
 inline int64_t blocks_per_image(int64_t H, int64_t W) { return (H + block_rows(W) - 1) / block_rows(W); }
 
-// One block of one lane group; `in` steps by in_pixel per pixel and in_row per row, memory is dense.
-template <class T, Finish kind>
-FASTGAN_INLINE void finish_lanes(const Sink<T>& s, const T* in, int64_t in_pixel, int64_t in_row, int64_t at, int64_t rows,
-                                 int64_t W, int64_t C, int64_t c, int64_t n, T* partial) {
+// How a result in working memory steps: by `row` per row, by `pair` per two pixels, by `odd` from the first of two to the second.
+struct Steps {
+  int64_t row, pair, odd;
+  int64_t pixel(int64_t x) const { return (x >> 1) * pair + (x & 1) * odd; }
+  bool is_dense(int64_t C) const { return odd == C && pair == 2 * C; }
+};
+inline Steps dense_steps(int64_t row, int64_t pixel) { return {row, 2 * pixel, pixel}; }
+
+// What is left of a value that is stored as T, or as what an overload says.
+template <class T>
+FASTGAN_INLINE Vec<T> as_stored(const T*, Vec<T> value) {
+  return value;
+}
+
+// One block of one lane group; memory is dense.
+template <class T, Finish kind, class S>
+FASTGAN_INLINE void finish_lanes(const Sink<T, S>& s, const T* in, const Steps& steps, int64_t at, int64_t rows, int64_t W,
+                                 int64_t C, int64_t c, int64_t n, T* partial) {
   Vec<T> first{}, second{}, mean{}, scale{}, shift{}, slope = splat(s.slope);
   if constexpr (kind == Finish::statistics) {
     // A first pass for the mean, nearly: sums of differences from it lose no digits, whatever it is.
     for (int64_t y = 0; y < rows; y++) {
-      for (int64_t x = 0; x < W; x++) mean += load(in + y * in_row + x * in_pixel, n);
+      for (int64_t x = 0; x < W; x++) mean += as_stored(s.out, load(in + y * steps.row + steps.pixel(x), n));
     }
     mean /= splat(static_cast<T>(rows * W));
   }
@@ -159,17 +175,17 @@ FASTGAN_INLINE void finish_lanes(const Sink<T>& s, const T* in, int64_t in_pixel
     scale = load(s.constants + row_scale * C + c, n);
     shift = load(s.constants + row_shift * C + c, n);
   }
-  for (int64_t y = 0; y < rows; y++, in += in_row) {
-    const T* p = in;
-    for (int64_t x = 0; x < W; x++, p += in_pixel, at += C) {
-      Vec<T> value = load(p, n);
+  for (int64_t y = 0; y < rows; y++, in += steps.row) {
+    for (int64_t x = 0; x < W; x++, at += C) {
+      Vec<T> value = load(in + steps.pixel(x), n);
       if constexpr (kind == Finish::statistics) {
+        value = as_stored(s.out, value);
         Vec<T> d = value - mean;
         first += d, second = fma(d, d, second);
       }
       if constexpr (kind == Finish::backward) {
         Vec<T> raw = load(s.y + at, n);
-        value = activated_gradient<T>(value, normalised<T>(raw, mean, scale, shift), slope);
+        value = as_stored(s.out, activated_gradient<T>(value, normalised<T>(raw, mean, scale, shift), slope));
         first += value, second = fma(value, raw - mean, second);
       }
       store(s.out + at, value, n);
@@ -183,39 +199,48 @@ FASTGAN_INLINE void finish_lanes(const Sink<T>& s, const T* in, int64_t in_pixel
   if constexpr (kind != Finish::plain) store(partial + c, first, n), store(partial + C + c, second, n);
 }
 
-template <class T, Finish kind>
-void finish_block(const Sink<T>& s, const T* in, int64_t in_pixel, int64_t in_row, int64_t at, int64_t rows, int64_t W,
-                  int64_t C, T* partial) {
+template <class T, Finish kind, class S>
+void finish_block(const Sink<T, S>& s, const T* in, const Steps& steps, int64_t at, int64_t rows, int64_t W, int64_t C,
+                  T* partial) {
   int64_t c = 0;
   for (; c + lanes<T> <= C; c += lanes<T>) {
-    finish_lanes<T, kind>(s, in + c, in_pixel, in_row, at + c, rows, W, C, c, lanes<T>, partial);
+    finish_lanes<T, kind>(s, in + c, steps, at + c, rows, W, C, c, lanes<T>, partial);
   }
-  if (c < C) finish_lanes<T, kind>(s, in + c, in_pixel, in_row, at + c, rows, W, C, c, C - c, partial);
+  if (c < C) finish_lanes<T, kind>(s, in + c, steps, at + c, rows, W, C, c, C - c, partial);
 }
 
 // The block of rows from y on; `in` is its first pixel.
-template <class T>
-void write_block(const Sink<T>& sink, int64_t image, int64_t H, int64_t W, int64_t C, int64_t y, const T* in,
-                 int64_t in_pixel, int64_t in_row) {
-  Sink<T> s = of_image(sink, image, C);
+template <class T, class S>
+void write_block(const Sink<T, S>& sink, int64_t image, int64_t H, int64_t W, int64_t C, int64_t y, const T* in,
+                 const Steps& steps) {
+  Sink<T, S> s = of_image(sink, image, C);
   int64_t rows = std::min(block_rows(W), H - y), at = (image * H + y) * W * C;
   int64_t block = image * blocks_per_image(H, W) + y / block_rows(W), sums = block * 2 * C;
   switch (s.kind) {
     case Finish::statistics:
-      return finish_block<T, Finish::statistics>(s, in, in_pixel, in_row, at, rows, W, C, s.partial + sums);
+      return finish_block<T, Finish::statistics>(s, in, steps, at, rows, W, C, s.partial + sums);
     case Finish::backward:
-      return finish_block<T, Finish::backward>(s, in, in_pixel, in_row, at, rows, W, C, s.partial + sums);
+      return finish_block<T, Finish::backward>(s, in, steps, at, rows, W, C, s.partial + sums);
     case Finish::plain:
-      if (in_pixel != C) return finish_block<T, Finish::plain>(s, in, in_pixel, in_row, at, rows, W, C, nullptr);
-      for (int64_t r = 0; r < rows; r++) std::copy_n(in + r * in_row, W * C, s.out + at + r * W * C);
+      if constexpr (std::is_same_v<T, S>) {
+        if (steps.is_dense(C)) {
+          for (int64_t r = 0; r < rows; r++) std::copy_n(in + r * steps.row, W * C, s.out + at + r * W * C);
+          return;
+        }
+      }
+      return finish_block<T, Finish::plain>(s, in, steps, at, rows, W, C, nullptr);
   }
 }
 
-template <class T>
-void write_image(const Sink<T>& s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, const T* copy) {
-  for (int64_t y = 0; y < H; y += block_rows(W)) {
-    write_block(s, image, H, W, C, y, copy + frame.offset(y, 0), frame.channels, frame.columns * frame.channels);
-  }
+// `in` is the image's first pixel.
+template <class T, class S>
+void write_image(const Sink<T, S>& s, int64_t image, int64_t H, int64_t W, int64_t C, const T* in, const Steps& steps) {
+  for (int64_t y = 0; y < H; y += block_rows(W)) write_block(s, image, H, W, C, y, in + y * steps.row, steps);
+}
+
+template <class T, class S>
+void write_image(const Sink<T, S>& s, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, const T* copy) {
+  write_image(s, image, H, W, C, copy + frame.offset(0, 0), dense_steps(frame.columns * frame.channels, frame.channels));
 }
 
 // Combines the blocks' (mean, m2) by Chan's rule, or adds up their two sums, in the order of the blocks and in double.

@@ -24,18 +24,23 @@ int64_t sets_of(const char* op, const char* name, const Tensor& constants, int64
 OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& constants,
                  double slope) {
   ScalarType dtype = a.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": input must be float32 or float64");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16, op,
+                  ": input must be float32, float64 or bfloat16");
   check(op, "input", a, shape_of(a), true, dtype);
   STD_TORCH_CHECK(!b || constants, op, ": a second operand needs constants");
   if (b) check(op, "second operand", *b, shape_of(a), true, dtype);
-  int64_t sets = constants ? sets_of(op, "constants", *constants, a.size(0), a.size(1), dtype) : 1;
+  int64_t sets = constants ? sets_of(op, "constants", *constants, a.size(0), a.size(1), stat_type(a)) : 1;
   return {a.const_data_ptr(), pointer(b), pointer(constants), slope, a.size(0) / sets};
 }
 
 void run(const Convolution& c, ScalarType dtype) {
   if (c.N == 0) return;
+  if (dtype == ScalarType::BFloat16) {
+    FASTGAN_IF_AMX(if (isa() == Isa::amx) return amx::run_convolution_bf16(c);)
+    STD_TORCH_CHECK(false, "fastgan's convolutions in bfloat16 need AMX, which this processor, build or FASTGAN_CPU lacks; use PyTorch's");
+  }
   bool fp64 = dtype == ScalarType::Double;
-  FASTGAN_IF_AVX512(if (isa() == Isa::avx512 && !fp64) return avx512::run_convolution(c);)
+  FASTGAN_IF_AVX512(if (isa() >= Isa::avx512 && !fp64) return avx512::run_convolution(c);)
   FASTGAN_IF_AVX2(if (isa() != Isa::plain) return fp64 ? avx2::run_convolution_fp64(c) : avx2::run_convolution(c);)
   STD_TORCH_CHECK(false, "fastgan's convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks; use PyTorch's");
 }
@@ -68,7 +73,7 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
   OperandView operand = view(op, input, second, constants, slope);
   check(op, "input", input, {N, from, input.size(2), input.size(3)}, true, dtype);
   bool weight_channels_last = !weight.is_contiguous();
-  check(op, "weight", weight, {K, C, 4, 4}, weight_channels_last, dtype);
+  check(op, "weight", weight, {K, C, 4, 4}, weight_channels_last, stat_type(input));
   check_sides(op, to_large ? height : input.size(2), to_large ? input.size(2) : height);
   check_sides(op, to_large ? width : input.size(3), to_large ? input.size(3) : width);
   STD_TORCH_CHECK(!output_y == !output_constants, op, ": output_y and output_constants come together");
@@ -76,8 +81,8 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
   Tensor out = make_channels_last({N, to, height, width}, dtype);
   STD_TORCH_CHECK(statistics >= 0 && (statistics == 0 || N % statistics == 0), op, ": statistics are of equal parts of the batch, got ",
                   statistics, " parts of ", N, " images");
-  int64_t sets = output_y ? sets_of(op, "output_constants", *output_constants, N, to, dtype) : statistics;
-  Tensor sums = make_zeros({2 * sets, to}, dtype);
+  int64_t sets = output_y ? sets_of(op, "output_constants", *output_constants, N, to, stat_type(input)) : statistics;
+  Tensor sums = make_zeros({2 * sets, to}, stat_type(input));
   ResultView result{out.mutable_data_ptr(), sums.numel() ? sums.mutable_data_ptr() : nullptr};
   if (output_y) {
     check(op, "output_y", *output_y, {N, to, height, width}, true, dtype);
@@ -111,7 +116,7 @@ Tensor weight_gradient(Tensor large, std::optional<Tensor> large_second, std::op
   check_sides(op, c.LW, c.W);
   Shape shape{c.K, c.C, 4, 4};
   ScalarType dtype = large.scalar_type();
-  Tensor out = channels_last ? make_channels_last(shape, dtype) : make_empty(shape, dtype);
+  Tensor out = channels_last ? make_channels_last(shape, stat_type(large)) : make_empty(shape, stat_type(large));
   if (c.N == 0) torch::stable::zero_(out);
   c.result.out = out.mutable_data_ptr(), c.weight_channels_last = channels_last;
   run(c, dtype);

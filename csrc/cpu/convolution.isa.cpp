@@ -1,11 +1,12 @@
 // The drivers over a scheme: read and transform the images, multiply, transform back and finish.
-#if defined(__AVX2__)  // without it convolutions are the library's; see convolution.h
+#if defined(__AVX2__) && !defined(__AMX_BF16__)  // without AVX2 convolutions are the library's; see convolution.h
 #include "cpu/convolution.h"
 #include "cpu/parallel.h"
 #include "cpu/polyphase.h"
 #include "cpu/schemes.h"
 #include "cpu/scratch.h"
 #include "cpu/thin.h"
+#include "cpu/views.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
@@ -51,39 +52,6 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
     }
   });
 }
-
-template <class T>
-Source<T> source_of(const OperandView& v) {
-  Source<T> s;
-  s.a = static_cast<const T*>(v.a), s.b = static_cast<const T*>(v.b);
-  s.constants = static_cast<const T*>(v.constants), s.slope = static_cast<T>(v.slope);
-  s.images_per_set = v.images_per_set;
-  s.kind = v.b ? Operand::gradient : v.constants ? Operand::activation : Operand::plain;
-  return s;
-}
-
-template <class T>
-struct Output {
-  Sink<T> sink;
-  T* sums;
-
-  Output(const ResultView& v, int64_t N, int64_t H, int64_t W, int64_t C) : sums(static_cast<T*>(v.sums)) {
-    sink.out = static_cast<T*>(v.out), sink.y = static_cast<const T*>(v.y);
-    sink.constants = static_cast<const T*>(v.constants), sink.slope = static_cast<T>(v.slope);
-    sink.images_per_set = v.images_per_set;
-    sink.kind = v.y ? Finish::backward : v.sums ? Finish::statistics : Finish::plain;
-    if (sums) sink.partial = scratch<T>(Scratch::partial, N * blocks_per_image(H, W) * 2 * C);
-  }
-  void combine(int64_t N, int64_t H, int64_t W, int64_t C) const {
-    if (!sums) return;
-    int64_t step = block_rows(W), per_image = blocks_per_image(H, W);
-    auto count_of = [&](int64_t block) { return std::min(step, H - block % per_image * step) * W; };
-    int64_t blocks = sink.images_per_set * per_image;
-    for (int64_t set = 0; set * sink.images_per_set < N; set++) {
-      combine_blocks(sink.kind, sink.partial + set * blocks * 2 * C, blocks, count_of, C, sums + set * 2 * C);
-    }
-  }
-};
 
 // One side of a convolution and its operand's depth.
 struct Side {
@@ -246,8 +214,6 @@ bool use_in_place(const Convolution& c) {
   if (c.direction == Direction::to_small) return c.C < 16 && c.W >= 4;
   return c.C <= 16 && c.H * c.W >= 64 && c.C * c.K <= 4096;
 }
-
-Sizes sizes_of(const Convolution& c) { return {c.N, c.C, c.LH, c.LW, c.K, c.H, c.W}; }
 
 template <class T>
 void run(const Convolution& c) {

@@ -2,7 +2,9 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 
 const char* compiled_instruction_set() {
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+  return "amx";
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
   return "avx512";
 #elif defined(__AVX2__) && defined(__FMA__)
   return "avx2";

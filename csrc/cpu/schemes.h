@@ -14,13 +14,10 @@
 #include "cpu/block.h"
 #include "cpu/gemm.h"
 #include "cpu/taps.h"
+#include "cpu/views.h"
 #include "cpu/winograd.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
-
-struct Sizes {
-  int64_t N, C, LH, LW, K, H, W;
-};
 
 template <class T>
 struct Winograd {

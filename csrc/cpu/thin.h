@@ -82,7 +82,7 @@ struct Thin {
           multiply_rows<T, 2>(large + 2 * (y + r) * line, RowStrides{2 * s.C, reach, line}, u, depth * panel<T>, depth, depth,
                               out + r * s.W * columns, columns, panel<T>, panels_of_k, s.W, false);
         }
-        if (!in_place) write_block(sink, image, s.H, s.W, s.K, y, out, columns, s.W * columns);
+        if (!in_place) write_block(sink, image, s.H, s.W, s.K, y, out, dense_steps(s.W * columns, columns));
       }
     });
   }

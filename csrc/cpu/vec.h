@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -20,8 +21,10 @@ constexpr int vector_bytes = 64;
 constexpr int vector_bytes = 32;
 #endif
 
+template <class T, bool = std::is_floating_point_v<T>>
+struct VecType {};  // what is only stored has overloads of `load` and `store` instead
 template <class T>
-struct VecType {
+struct VecType<T, true> {
   typedef T type __attribute__((vector_size(vector_bytes)));
 };
 template <class T>

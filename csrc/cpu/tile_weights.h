@@ -1,0 +1,98 @@
+// A weight [K, C, 4, 4] in fp32 as the right operand of AMX products, rounded to bf16: blocks of two tiles of columns (the last
+// may have one), each block [taps][depth / 32][tiles][16 pairs][16 columns][2]. It is made for every call: there is no copy
+// to go stale.
+#pragma once
+#include "cpu/amx.h"
+#include "cpu/parallel.h"
+#include "cpu/taps.h"
+
+namespace fastgan::cpu::FASTGAN_ISA {
+namespace {
+
+struct TileWeights {
+  int64_t taps, steps, tiles;  // steps: of tile_depth; tiles: of columns
+
+  TileWeights(int64_t taps, int64_t depth, int64_t columns)
+      : taps(taps), steps((depth + tile_depth - 1) / tile_depth), tiles((columns + tile_columns - 1) / tile_columns) {}
+  int64_t size() const { return taps * steps * tiles * tile_weights; }
+  int64_t width(int64_t tile) const { return std::min<int64_t>(2, tiles - (tile & ~1)); }  // of the block that holds it
+  // The row of a tile of columns that holds the pair of depths `pair`.
+  int64_t row(int64_t tap, int64_t pair, int64_t tile) const {
+    int64_t step = pair / tile_rows, block = (tile & ~1) * taps * steps + (tap * steps + step) * width(tile) + (tile & 1);
+    return block * tile_weights + pair % tile_rows * 2 * tile_columns;
+  }
+};
+
+FASTGAN_INLINE void store_row(bfloat16* to, Vec<float> pairs) { std::memcpy(to, &pairs, sizeof pairs); }
+
+// The taps of one filter, contiguous; 0 beyond the weight.
+FASTGAN_INLINE Vec<float> taps_at(const Filters<const float>& w, int64_t k, int64_t c) {
+  return k < w.K && c < w.C ? load(w.at(k, c, 0)) : Vec<float>{};
+}
+
+// `count` channels of one tap of a channels-last filter, 0 beyond the weight.
+FASTGAN_INLINE Vec<float> channels_at(const Filters<const float>& w, int64_t k, int64_t c, int64_t tap) {
+  int64_t n = k < w.K ? std::clamp<int64_t>(w.C - c, 0, lanes<float>) : 0;
+  return n ? load(w.at(k, c, tap), n) : Vec<float>{};
+}
+
+// Depth are the channels of each tap, columns the filters.
+inline void weights_to_small(const Filters<const float>& w, const TileWeights& t, bfloat16* u) {
+  parallel(t.tiles * t.steps, [&](int64_t task) {
+    int64_t tile = task / t.steps, k = tile * tile_columns, from = task % t.steps * tile_depth;
+    Vec<float> rows[lanes<float>];
+    if (w.channels_last) {
+      for (int tap = 0; tap < taps; tap++) {
+        for (int i = 0; i < tile_columns; i++) {
+          Vec<float> low = channels_at(w, k + i, from, tap), high = channels_at(w, k + i, from + lanes<float>, tap);
+          rows[i] = Vec<float>(_mm512_cvtne2ps_pbh(high, low));
+        }
+        transpose(rows);
+        for (int i = 0; i < tile_rows; i++) store_row(u + t.row(tap, from / 2 + i, tile), rows[i]);
+      }
+    } else {
+      for (int64_t pair = from / 2; pair < from / 2 + tile_rows; pair++) {
+        for (int i = 0; i < tile_columns; i++) rows[i] = paired(taps_at(w, k + i, 2 * pair), taps_at(w, k + i, 2 * pair + 1));
+        transpose(rows);
+        for (int tap = 0; tap < taps; tap++) store_row(u + t.row(tap, pair, tile), rows[tap]);
+      }
+    }
+  });
+}
+
+// Depth are (tap, channel) of an image that is unrolled so.
+inline void weights_to_small_unrolled(const Filters<const float>& w, const TileWeights& t, bfloat16* u) {
+  std::fill_n(u, t.size(), bfloat16{});
+  for (int64_t k = 0; k < w.K; k++) {
+    for (int64_t d = 0; d < taps * w.C; d++) {
+      u[t.row(0, d / 2, k / tile_columns) + k % tile_columns * 2 + d % 2] = narrowed(*w.at(k, d % w.C, d / w.C));
+    }
+  }
+}
+
+// To the pixels of each parity of the large side, of which there are four kinds (phases): depth are the filters of the four
+// taps that reach them, columns the channels. Phases are `t.size()` apart; which taps those are stands in polyphase.h.
+inline void weights_to_large(const Filters<const float>& w, const TileWeights& t, bfloat16* u) {
+  parallel(t.tiles * t.steps, [&](int64_t task) {
+    int64_t tile = task / t.steps, c = tile * tile_columns, first = task % t.steps * tile_rows;
+    auto store_tap = [&](int tap, int64_t pair, Vec<float> pairs) __attribute__((always_inline)) {
+      int y = 3 - tap / 4, x = 3 - tap % 4, phase = y % 2 * 2 + x % 2;
+      store_row(u + phase * t.size() + t.row(y / 2 * 2 + x / 2, pair, tile), pairs);
+    };
+    for (int64_t pair = first; pair < first + tile_rows; pair++) {
+      if (w.channels_last) {
+        for (int tap = 0; tap < taps; tap++) {
+          store_tap(tap, pair, paired(channels_at(w, 2 * pair, c, tap), channels_at(w, 2 * pair + 1, c, tap)));
+        }
+      } else {
+        Vec<float> rows[lanes<float>];
+        for (int i = 0; i < tile_columns; i++) rows[i] = paired(taps_at(w, 2 * pair, c + i), taps_at(w, 2 * pair + 1, c + i));
+        transpose(rows);
+        for (int tap = 0; tap < taps; tap++) store_tap(tap, pair, rows[tap]);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastgan::cpu::FASTGAN_ISA
