@@ -339,10 +339,17 @@ def _undecided(*_: Any) -> None:
     raise AssertionError("traced code runs no kernel")
 
 
-def instruction_set(convolution: bool) -> str:
-    """The copy of the CPU kernels that runs: plain, avx2 or, of convolutions alone, avx512. Their library is loaded."""
-    found = torch.ops.fastgan_cpu.instruction_set()
-    return "avx2" if found == "avx512" and not convolution else found
+_SETS = ("plain", "avx2", "avx512", "amx")
+# Which of them the CPU kernels have copies for. Convolutions in bf16 have none but for AMX.
+_COPIES = {torch.float32: ("plain", "avx2", "avx512"), torch.float64: ("plain", "avx2"), torch.bfloat16: ("plain", "amx")}
+
+
+def instruction_set(convolution: torch.dtype | None = None) -> str:
+    """The copy of the CPU kernels that runs, of convolutions in a dtype or of everything else: plain, avx2, avx512 or
+    amx; of convolutions, "plain" is none. Their library is loaded."""
+    best = _SETS.index(torch.ops.fastgan_cpu.instruction_set())
+    copies = ("plain", "avx2") if convolution is None else _COPIES[convolution]
+    return [copy for copy in copies if _SETS.index(copy) <= best][-1]
 
 
 layer = ""
@@ -392,7 +399,7 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
 
 
 def _copy(backend: str) -> str:
-    return f"; {instruction_set(convolution=False)} kernels" if backend == "cpu" else ""
+    return f"; {instruction_set()} kernels" if backend == "cpu" else ""
 
 
 def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int, ...]) -> Decision:
@@ -405,7 +412,7 @@ def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int
     if shape[0] < row.smallest:
         return Decision("eager", f"'{row.backend}' is measured faster only from {least} on")
     reason = why_not(row.backend, operation, "cpu", dtype)
-    if reason is None and row.backend == "cpu" and (found := instruction_set(convolution=False)) != row.kernels:
+    if reason is None and row.backend == "cpu" and (found := instruction_set()) != row.kernels:
         reason = f"its {row.kernels} kernels were measured faster, those that run here are {found}"
     if reason is not None:
         return Decision("eager", reason)

@@ -12,11 +12,13 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t few_channels = 4;            // of a large side that is unrolled
 constexpr int64_t cached_operands = 1 << 20;   // bytes of what a thread reads before it multiplies
 constexpr int64_t cached_gradient = 4 << 20;   // and all of them together, for a weight's gradient
 
 int64_t tiles_of(int64_t values) { return (values + tile_rows - 1) / tile_rows; }
+
+// Channels of a result, an odd number of cache lines: a power of two apart, pixels would share few places in a cache.
+int64_t odd_lines(int64_t channels) { return (tiles_of(channels) | 1) * tile_columns; }
 
 // Where the pixels of a result's rows come from and go to: rows of tiles, each of a row's pixels of one parity.
 struct Phase {
@@ -25,41 +27,49 @@ struct Phase {
   std::vector<int64_t> taps;                 // offsets in the operand
 };
 
-// All images, in groups of those that are interleaved; `image` reads a group's operand, `finish` takes its result.
+// Of images in groups of those that are side by side.
 struct Product {
   TileWeights weights;
   std::vector<Phase> phases;
-  int64_t tiles, pixel, operand, result_pixel, result;  // tiles of a row; sizes of a pixel's channels and of a group's operand and result
+  int64_t tiles, block, result_pixel, result;  // tiles of a row; sizes of a block of a group's operand, of its result and a pixel of that
 
-  // `count` operands [operand] in `from`, to results [result] in `to`. A block of weights serves all rows before the next one.
+  int64_t operand() const { return weights.steps * block; }
+
+  // `count` operands in `from` to results in `to`. So much of the weights as stays in the first-level cache serves all rows.
   void multiply(const bfloat16* from, int64_t count, float* to) const {
     Tiles configured;
+    int64_t together = std::max<int64_t>(1, 16 / weights.taps);  // steps
     for (const Phase& phase : phases) {
       int64_t row_tiles = phase.rows * tiles, all = count * row_tiles;
+      const bfloat16* u = phase.weights;
       for (int64_t column = 0; column < weights.tiles; column += 2) {
-        const bfloat16* u = phase.weights + column * weights.taps * weights.steps * tile_weights;
-        bool two = column + 1 < weights.tiles;
-        auto place = [&](int64_t tile, const bfloat16*& a, float*& c) {
-          int64_t group = tile / row_tiles, y = tile % row_tiles / tiles, t = tile % tiles;
-          a = from + group * operand + phase.from + y * phase.from_row + t * tile_rows * pixel;
-          c = to + group * result + phase.to + y * phase.to_row + t * tile_rows * result_pixel + column * tile_columns;
-        };
-        for (int64_t tile = 0; tile < all; tile += 2) {
-          const bfloat16* a[2];
-          float* c[2];
-          place(tile, a[0], c[0]);
-          place(std::min(tile + 1, all - 1), a[1], c[1]);
-          with_tiles(tile + 1 < all, two, [&](auto R, auto V) __attribute__((always_inline)) {
-            using Block = Sums<R(), V()>;
-            Block::zero();
-            const bfloat16* b = u;
-            for (int64_t offset : phase.taps) {
-              for (int64_t step = 0; step < weights.steps; step++, b += V() * tile_weights) {
-                Block::add(a[0] + offset + step * tile_depth, a[1] + offset + step * tile_depth, pixel, b, b + tile_weights, tile_depth);
+        int64_t width = weights.width(column);
+        for (int64_t step = 0; step < weights.steps; step += together) {
+          int64_t steps = std::min(together, weights.steps - step);
+          auto place = [&](int64_t tile, const bfloat16*& a, float*& c) {
+            int64_t group = tile / row_tiles, y = tile % row_tiles / tiles, t = tile % tiles;
+            a = from + group * operand() + step * block + phase.from + y * phase.from_row + t * tile_rows * tile_depth;
+            c = to + group * result + phase.to + y * phase.to_row + t * tile_rows * result_pixel + column * tile_columns;
+          };
+          for (int64_t tile = 0; tile < all; tile += 2) {
+            const bfloat16* a[2];
+            float* c[2];
+            place(tile, a[0], c[0]);
+            place(std::min(tile + 1, all - 1), a[1], c[1]);
+            with_tiles(tile + 1 < all, width == 2, [&](auto R, auto V) __attribute__((always_inline)) {
+              using Block = Sums<R(), V()>;
+              step > 0 ? Block::load(c, result_pixel) : Block::zero();
+              const bfloat16* b = u;
+              for (int64_t i = 0; i < steps; i++, a[0] += block, a[1] += block) {
+                for (int64_t tap : phase.taps) {
+                  Block::add(a[0] + tap, a[1] + tap, tile_depth, b, b + tile_weights, tile_depth);
+                  b += V() * tile_weights;
+                }
               }
-            }
-            Block::store(c, result_pixel);
-          });
+              Block::store(c, result_pixel);
+            });
+          }
+          u += steps * weights.taps * width * tile_weights;
         }
       }
     }
@@ -70,13 +80,13 @@ struct Product {
 template <class Read, class FinishImage>
 void run_product(const Product& p, int64_t N, int64_t images, const Read& read, const FinishImage& finish) {
   int64_t groups = (N + images - 1) / images, threads = thread_count();
-  int64_t step = std::clamp<int64_t>(cached_operands / (p.operand * int64_t{sizeof(bfloat16)}), 1, (groups + threads - 1) / threads);
+  int64_t step = std::clamp<int64_t>(cached_operands / (p.operand() * int64_t{sizeof(bfloat16)}), 1, (groups + threads - 1) / threads);
   parallel((groups + step - 1) / step, [&](int64_t task) {
     int64_t first = task * step, count = std::min(step, groups - first);
     // The last tile of a row may reach beyond its copy.
-    bfloat16* operand = scratch<bfloat16>(Scratch::small, count * p.operand + 2 * tile_rows * p.pixel);
+    bfloat16* operand = scratch<bfloat16>(Scratch::small, count * p.operand() + 2 * tile_rows * tile_depth);
     float* result = scratch<float>(Scratch::sums, count * p.result);
-    for (int64_t i = 0; i < count; i++) read((first + i) * images, operand + i * p.operand);
+    for (int64_t i = 0; i < count; i++) read((first + i) * images, operand + i * p.operand());
     p.multiply(operand, count, result);
     for (int64_t i = 0; i < count; i++) {
       for (int64_t image = 0; image < std::min(images, N - (first + i) * images); image++) {
@@ -92,23 +102,21 @@ void to_small(const Convolution& c) {
   Filters<const float> filters{static_cast<const float*>(c.weight), c.K, c.C, c.weight_channels_last};
   Output<float, bfloat16> output(c.result, s.N, s.H, s.W, s.K);
   int64_t images = images_together(s.N, s.W), tiles = tiles_of(s.W * images);
-  bool unrolled = s.C <= few_channels;
-  TileWeights weights(unrolled ? 1 : taps, unrolled ? taps * s.C : s.C, s.K);
+  Copy<bfloat16> copy{s.N, s.LH, s.LW, s.C, images, 2 * s.H + 2, 2, s.W + 1};
+  Unrolled<bfloat16> patches{s, images};
+  bool unrolled = s.C <= patches.most_channels;
+  TileWeights weights(unrolled ? 1 : taps, unrolled ? patches.depth() : s.C, s.K);
   bfloat16* u = scratch<bfloat16>(Scratch::weights, weights.size());
-  Copy<bfloat16> copy(s.N, s.LH, s.LW, s.C, images, 2 * s.H + 2, 2, s.W + 1);
-  Unrolled<bfloat16> patches(s, images);
-  int64_t result_pixel = odd_lines<float>(s.K), result_row = tiles * tile_rows * result_pixel;
-  Phase phase{s.H, 0, 0, 0, result_row, u, {}};
+  int64_t result_pixel = odd_lines(s.K), result_row = tiles * tile_rows * result_pixel;
+  Phase phase{s.H, 0, unrolled ? patches.row() : 2 * copy.row(), 0, result_row, u, {}};
   if (unrolled) {
     weights_to_small_unrolled(filters, weights, u);
-    phase.from_row = s.W * patches.pixel(), phase.taps = {0};
+    phase.taps = {0};
   } else {
     weights_to_small(filters, weights, u);
-    phase.from_row = copy.offset(2, 0);
     for (int64_t tap = 0; tap < taps; tap++) phase.taps.push_back(copy.offset(tap / 4, tap % 4));
   }
-  Product product{weights, {phase}, tiles, unrolled ? patches.channels : copy.channels, unrolled ? patches.size() : copy.size(),
-                  result_pixel, s.H * result_row};
+  Product product{weights, {phase}, tiles, unrolled ? patches.block() : copy.block(), result_pixel, s.H * result_row};
   run_product(product, s.N, images,
               [&](int64_t first, bfloat16* to) { unrolled ? patches.read(source, first, to) : copy.read(source, first, to); },
               [&](int64_t image, const float* from) {
@@ -127,12 +135,12 @@ void to_large(const Convolution& c) {
   TileWeights weights(4, s.K, s.C);
   bfloat16* u = scratch<bfloat16>(Scratch::weights, 4 * weights.size());
   weights_to_large(filters, weights, u);
-  Copy<bfloat16> copy(s.N, s.H, s.W, s.K, images, s.H + 2, 1, s.W + 2);
-  int64_t result_pixel = odd_lines<float>(s.C), odd = tiles * tile_rows * result_pixel;
-  Product product{weights, {}, tiles, copy.channels, copy.size(), result_pixel, s.LH * 2 * odd};
+  Copy<bfloat16> copy{s.N, s.H, s.W, s.K, images, s.H + 2, 1, s.W + 2};
+  int64_t result_pixel = odd_lines(s.C), odd = tiles * tile_rows * result_pixel;
+  Product product{weights, {}, tiles, copy.block(), result_pixel, s.LH * 2 * odd};
   for (int64_t y = 0; y < 2; y++) {
     for (int64_t x = 0; x < 2; x++) {
-      Phase phase{(s.LH - y + 1) / 2, copy.offset(y, x), copy.offset(1, 0), (2 * y + x) * odd, 4 * odd, u + (2 * y + x) * weights.size(), {}};
+      Phase phase{(s.LH - y + 1) / 2, copy.offset(y, x), copy.row(), (2 * y + x) * odd, 4 * odd, u + (2 * y + x) * weights.size(), {}};
       for (int64_t tap = 0; tap < 4; tap++) phase.taps.push_back(copy.offset(tap / 2, tap % 2));
       product.phases.push_back(phase);
     }
@@ -170,50 +178,44 @@ void to_weight(const Convolution& c) {
   Sizes s = sizes_of(c);
   HalfSource large = source_of<float, bfloat16>(c.large), small = source_of<float, bfloat16>(c.small);
   Filters<float> gradient{static_cast<float*>(c.result.out), c.K, c.C, c.weight_channels_last};
-  bool unrolled = s.C <= few_channels;
   int64_t units = images_together((s.N + 1) / 2, s.W), groups = (s.N + 2 * units - 1) / (2 * units);
-  Copy<Pair> copy(s.N, s.LH, s.LW, s.C, units, 2 * s.H + 2, 2, s.W + 1);
-  Unrolled<Pair> patches(s, units);
-  int64_t large_size = unrolled ? patches.size() : copy.size(), unit = unrolled ? patches.channels : copy.channels;
-  int64_t per_group = large_size + Transposed(s.N, s.H, s.W, s.K, units, 1).size();
-  int64_t step = std::clamp<int64_t>(cached_gradient / (per_group * int64_t{sizeof(Pair)}), 1, groups);
-  Transposed rows(s.N, s.H, s.W, s.K, units, step);
-
-  int64_t slack = tile_rows * unit;  // what the last tile of a row reads beyond the copy meets zeros, and must be finite
+  Copy<Pair> copy{s.N, s.LH, s.LW, s.C, units, 2 * s.H + 2, 2, s.W + 1};
+  Unrolled<Pair> patches{s, units};
+  Transposed rows{s.N, s.H, s.W, s.K, units};
+  bool unrolled = s.C <= patches.most_channels;
+  int64_t block = unrolled ? patches.block() : copy.block(), large_size = unrolled ? patches.size() : copy.size();
+  int64_t step = std::clamp<int64_t>(cached_gradient / ((large_size + rows.size()) * int64_t{sizeof(Pair)}), 1, groups);
+  int64_t slack = tile_rows * line<Pair>;  // what the last tile of a row reads beyond the copy meets zeros, and must be finite
   Pair* b = scratch<Pair>(Scratch::large, step * large_size + slack);
-  Pair* a = scratch<Pair>(Scratch::small, rows.size());
-  int64_t depth = unrolled ? taps * s.C : s.C, tap_count = unrolled ? 1 : taps;
+  Pair* a = scratch<Pair>(Scratch::small, step * rows.size());
+  int64_t a_group = rows.tiles() * rows.tile_size, a_block = step * a_group;
+  int64_t depth = unrolled ? patches.depth() : s.C, tap_count = unrolled ? 1 : taps;
   int64_t k_blocks = (tiles_of(s.K) + 1) / 2, c_blocks = (tiles_of(depth) + 1) / 2;
-  constexpr int64_t block = 4 * tile_rows * tile_columns;
-  float* sums = scratch<float>(Scratch::sums, k_blocks * c_blocks * tap_count * block);
+  constexpr int64_t sum_size = 4 * tile_rows * tile_columns;
+  float* sums = scratch<float>(Scratch::sums, k_blocks * c_blocks * tap_count * sum_size);
   for (int64_t first = 0; first < groups; first += step) {
     int64_t count = std::min(step, groups - first);
     parallel(count, [&](int64_t i) {
       int64_t image = (first + i) * 2 * units;
       unrolled ? patches.read(large, image, b + i * large_size) : copy.read(large, image, b + i * large_size);
-      rows.read(small, image, a + i * s.H * rows.row);
+      rows.read(small, image, a + i * a_group, a_block);
     });
     std::fill_n(b + count * large_size, slack, Pair{});
     parallel(k_blocks * c_blocks, [&](int64_t task) {
       int64_t k = task / c_blocks * 2, column = task % c_blocks * 2;  // tiles
-      float* sum = sums + task * tap_count * block;
+      float* sum = sums + task * tap_count * sum_size;
       Tiles configured;
       with_tiles(k + 1 < tiles_of(s.K), column + 1 < tiles_of(depth), [&](auto R, auto V) __attribute__((always_inline)) {
         using Block = Sums<R(), V()>;
         for (int64_t tap = 0; tap < tap_count; tap++) {
-          float* to[2] = {sum + tap * block, sum + tap * block + block / 2};
-          if (first > 0) {
-            Block::load(to, 2 * tile_columns);
-          } else {
-            Block::zero();
-          }
-          const Pair* from[2] = {a + k * tile_rows * rows.stride, a + (k + 1) * tile_rows * rows.stride};
+          float* to[2] = {sum + tap * sum_size, sum + tap * sum_size + sum_size / 2};
+          first > 0 ? Block::load(to, 2 * tile_columns) : Block::zero();
+          const Pair* from = a + k * a_block;
           for (int64_t i = 0; i < count; i++) {
             for (int64_t y = 0; y < s.H; y++) {
-              const Pair* at = b + i * large_size + column * tile_columns +
-                               (unrolled ? y * s.W * patches.pixel() : copy.offset(2 * y + tap / 4, tap % 4));
-              for (int64_t x = 0; x < rows.row; x += tile_rows, at += tile_rows * unit, from[0] += tile_rows, from[1] += tile_rows) {
-                Block::add(from[0]->of, from[1]->of, 2 * rows.stride, at->of, (at + tile_columns)->of, 2 * unit);
+              const Pair* at = b + i * large_size + column * block + (unrolled ? y * patches.row() : copy.offset(2 * y + tap / 4, tap % 4));
+              for (int64_t tile = 0; tile < rows.row_tiles(); tile++, at += tile_rows * line<Pair>, from += rows.tile_size) {
+                Block::add(from->of, (from + a_block)->of, tile_depth, at->of, (at + block)->of, tile_depth);
               }
             }
           }

@@ -1,8 +1,9 @@
-// Working copies of images in bf16 as operands of AMX products, where the rows of a tile must stand at equal distances: the
-// pixels of a row of the result, of several small images side by side. So copies interleave images, pixel by pixel, and a
-// large side keeps its even and odd columns apart, as a convolution of stride 2 reads either.
-//   small  [H + 2][W + 2][images][channels]
-//   large  [2 H + 2][2 parities][W + 1][images][channels]
+// Working copies of images in bf16 as operands of AMX products. The rows of a tile stand one after the other, so that a tile
+// is sixteen cache lines in turn: the pixels of a row of the result, of several small images side by side. So copies keep
+// channels in blocks of a line, interleave images, pixel by pixel, and a large side has its even and odd columns apart, as a
+// convolution of stride 2 reads either.
+//   small  [blocks][H + 2][W + 2][images][line]
+//   large  [blocks][2 H + 2][2 parities][W + 1][images][line]
 // Zeros surround either; they come after the prologue by construction. A weight's gradient sums over pixels, two by two: the
 // two are the same pixel of two images, one Pair.
 #pragma once
@@ -36,11 +37,9 @@ template <class Unit>
 constexpr int64_t images_of = sizeof(Unit) / sizeof(bfloat16);
 template <class Unit>
 constexpr int64_t line = 64 / sizeof(Unit);  // channels of a cache line, which is a row of a tile
-
-// Channels of a copy: an odd number of cache lines, for lines a power of two apart share few places in a cache.
 template <class Unit>
-constexpr int64_t odd_lines(int64_t channels) {
-  return ((channels + line<Unit> - 1) / line<Unit> | 1) * line<Unit>;
+constexpr int64_t lines(int64_t channels) {
+  return (channels + line<Unit> - 1) / line<Unit>;
 }
 
 // The images of one unit: of a Pair, the second may be missing and is 0.
@@ -63,17 +62,19 @@ struct Images {
     return paired(value<kind>(0, offset, C, c, n), both ? value<kind>(1, offset, C, c, n) : Vec<float>{});
   }
 
-  // `pixels` pixels from `offset` in the image on, `step` apart, to `to`, to_step apart: channels in whole lines, 0 from C on.
+  // `pixels` pixels from `offset` in the image on, `step` apart, to `to`, to_step apart: blocks of channels, 0 from C on.
   template <Operand kind>
-  void copy(int64_t offset, int64_t step, int64_t pixels, int64_t C, Unit* to, int64_t to_step) const {
-    for (int64_t c = 0; c < (C + line<Unit> - 1) / line<Unit> * line<Unit>; c += lanes<float>) {
-      int64_t n = std::clamp<int64_t>(C - c, 0, lanes<float>);
-      for (int64_t i = 0; i < pixels; i++) {
-        if constexpr (images_of<Unit> == 1) {
-          store(to + i * to_step + c, n ? value<kind>(0, offset + i * step, C, c, n) : Vec<float>{});
-        } else {
-          Vec<float> pairs = pair<kind>(offset + i * step, C, c, n);
-          std::memcpy(to + i * to_step + c, &pairs, sizeof pairs);
+  void copy(int64_t offset, int64_t step, int64_t pixels, int64_t C, Unit* to, int64_t to_step, int64_t to_block) const {
+    for (int64_t c = 0; c < C; c += line<Unit>, to += to_block) {
+      for (int64_t half = 0; half < line<Unit>; half += lanes<float>) {
+        int64_t n = std::clamp<int64_t>(C - c - half, 0, lanes<float>);
+        for (int64_t i = 0; i < pixels; i++) {
+          if constexpr (images_of<Unit> == 1) {
+            store(to + i * to_step + half, n ? value<kind>(0, offset + i * step, C, c + half, n) : Vec<float>{});
+          } else {
+            Vec<float> pairs = pair<kind>(offset + i * step, C, c + half, n);
+            std::memcpy(to + i * to_step + half, &pairs, sizeof pairs);
+          }
         }
       }
     }
@@ -92,68 +93,85 @@ FASTGAN_INLINE void with_kind(Operand kind, const F& f) {
 // A copy of a side of H x W pixels, its columns by parity or not: `planes` of `columns` columns in each of `rows` rows.
 template <class Unit>
 struct Copy {
-  int64_t N, H, W, C, units, rows, planes, columns, channels;  // units: side by side
+  int64_t N, H, W, C, units, rows, planes, columns;  // units: side by side
 
-  Copy(int64_t N, int64_t H, int64_t W, int64_t C, int64_t units, int64_t rows, int64_t planes, int64_t columns)
-      : N(N), H(H), W(W), C(C), units(units), rows(rows), planes(planes), columns(columns), channels(odd_lines<Unit>(C)) {}
-
-  int64_t pixel() const { return units * channels; }
-  int64_t plane() const { return columns * pixel(); }
-  int64_t size() const { return rows * planes * plane(); }
+  int64_t pixel() const { return units * line<Unit>; }
+  int64_t row() const { return planes * columns * pixel(); }
+  int64_t block() const { return rows * row(); }
+  int64_t size() const { return lines<Unit>(C) * block(); }
   // Of the first unit's pixel in the padded column x of the padded row y.
-  int64_t offset(int64_t y, int64_t x) const { return (y * planes + x % planes) * plane() + x / planes * pixel(); }
+  int64_t offset(int64_t y, int64_t x) const { return y * row() + (x % planes * columns + x / planes) * pixel(); }
 
   // The images from `first` on; units that the batch has not become 0.
   void read(const HalfSource& source, int64_t first, Unit* copy) const {
-    int64_t row = planes * plane(), count = std::min(units, (N - first + images_of<Unit> - 1) / images_of<Unit>);
-    std::fill_n(copy, row, Unit{});
-    std::fill_n(copy + (H + 1) * row, (rows - H - 1) * row, Unit{});
-    if (count < units) std::fill_n(copy + row, H * row, Unit{});
+    int64_t count = std::min(units, (N - first + images_of<Unit> - 1) / images_of<Unit>);
+    for (Unit* b = copy; b < copy + size(); b += block()) {
+      std::fill_n(b, row(), Unit{});
+      std::fill_n(b + (H + 1) * row(), (rows - H - 1) * row(), Unit{});
+      for (int64_t y = 1; y <= H; y++) {
+        if (count < units) std::fill_n(b + y * row(), row(), Unit{});
+        for (int64_t x = 0; x < planes * columns; x = x == 0 ? W + 1 : x + 1) std::fill_n(b + offset(y, x), pixel(), Unit{});
+      }
+    }
     with_kind(source.kind, [&](auto kind) {
       for (int64_t i = 0; i < count; i++) {
         Images<Unit> images(source, first + i * images_of<Unit>, N, H * W * C, C);
         for (int64_t y = 1; y <= H; y++) {
           for (int64_t x = 1; x <= std::min(planes, W); x++) {
             images.template copy<kind()>(((y - 1) * W + x - 1) * C, planes * C, (W - x + planes) / planes, C,
-                                         copy + offset(y, x) + i * channels, pixel());
+                                         copy + offset(y, x) + i * line<Unit>, pixel(), block());
           }
         }
       }
     });
-    for (int64_t y = 1; y <= H; y++) {
-      for (int64_t x = 0; x < planes * columns; x = x == 0 ? W + 1 : x + 1) std::fill_n(copy + offset(y, x), pixel(), Unit{});
-    }
   }
 };
 
-// The large side of few channels: each pixel of the small side with the values (tap, channel) that it meets.
+// The large side of few channels: each pixel of the small side with the values (tap, channel) that it meets, in blocks.
 template <class Unit>
 struct Unrolled {
+  static constexpr int64_t most_channels = 4;
   Sizes s;
-  int64_t units, channels;
-  Frame frame;
+  int64_t units;
 
-  Unrolled(const Sizes& s, int64_t units)
-      : s(s), units(units), channels(odd_lines<Unit>(taps * s.C)), frame{2 * s.H + 2, 2 * s.W + 2, s.C, 1} {}
-
-  int64_t pixel() const { return units * channels; }
-  int64_t size() const { return s.H * s.W * pixel(); }
+  int64_t depth() const { return taps * s.C; }
+  int64_t row() const { return s.W * units * line<Unit>; }
+  int64_t block() const { return s.H * row(); }
+  int64_t size() const { return lines<Unit>(depth()) * block(); }
 
   void read(const HalfSource& source, int64_t first, Unit* copy) const {
-    std::fill_n(copy, size(), Unit{});
-    int64_t count = std::min(units * images_of<Unit>, s.N - first), depth = taps * s.C;
+    int64_t count = std::min(units * images_of<Unit>, s.N - first);
+    if (count < units * images_of<Unit>) std::fill_n(copy, size(), Unit{});
+    Frame frame{2 * s.H + 2, 2 * s.W + 2, s.C, 1};
     bfloat16* padded = scratch<bfloat16>(Scratch::image, frame.size());
     for (int64_t i = 0; i < count; i++) {
       read_image(source, first + i, s.LH, s.LW, s.C, frame, padded);
-      int64_t row = frame.columns * s.C, reach = 4 * s.C;
-      Unit* to = copy + i / images_of<Unit> * channels;
-      for (int64_t y = 0; y < s.H; y++) {
-        for (int64_t x = 0; x < s.W; x++, to += pixel()) {
-          const bfloat16* corner = padded + 2 * y * row + 2 * x * s.C;
+      Unit* to = copy + i / images_of<Unit> * line<Unit>;
+      switch (s.C) {
+        case 1: patches<1>(padded, frame.columns, i % images_of<Unit>, to); break;
+        case 2: patches<2>(padded, frame.columns, i % images_of<Unit>, to); break;
+        case 3: patches<3>(padded, frame.columns, i % images_of<Unit>, to); break;
+        default: patches<most_channels>(padded, frame.columns, i % images_of<Unit>, to);
+      }
+    }
+  }
+
+  // Of the `which`-th image of a unit.
+  template <int C>
+  void patches(const bfloat16* padded, int64_t columns, int64_t which, Unit* to) const {
+    constexpr int64_t blocks = lines<Unit>(taps * C), reach = 4 * C;
+    bfloat16 patch[blocks * line<Unit>] = {};
+    for (int64_t y = 0; y < s.H; y++) {
+      for (int64_t x = 0; x < s.W; x++, to += units * line<Unit>) {
+        for (int ky = 0; ky < 4; ky++) std::memcpy(patch + ky * reach, padded + ((2 * y + ky) * columns + 2 * x) * C, 2 * reach);
+        for (int64_t b = 0; b < blocks; b++) {
+          Unit* row = to + b * block();
           if constexpr (images_of<Unit> == 1) {
-            for (int ky = 0; ky < 4; ky++) std::memcpy(to + ky * reach, corner + ky * row, reach * sizeof(bfloat16));
+            std::memcpy(row, patch + b * line<Unit>, 64);
           } else {
-            for (int64_t d = 0; d < depth; d++) to[d].of[i % 2] = corner[d / reach * row + d % reach];
+            Vec<float> half = load(patch + b * line<Unit>);  // which stands above zeros
+            __m512i pairs = which == 0 ? _mm512_srli_epi32(__m512i(half), 16) : _mm512_or_si512(_mm512_loadu_si512(row), __m512i(half));
+            std::memcpy(row, &pairs, sizeof pairs);
           }
         }
       }
@@ -161,33 +179,32 @@ struct Unrolled {
   }
 };
 
-// The small side with its pixels along rows, [channels][groups][H][pixels of a row], in whole tiles: a row holds those of
-// `units` pairs of images side by side, then zeros.
+// The small side with its pixels along the rows of tiles, [blocks of 16 channels][rows of pixels][tiles of a row][16 channels][16
+// pixels]: a row holds those of `units` pairs of images side by side, then zeros.
 struct Transposed {
-  int64_t N, H, W, C, units, row, stride;
+  int64_t N, H, W, C, units;
 
-  Transposed(int64_t N, int64_t H, int64_t W, int64_t C, int64_t units, int64_t groups)
-      : N(N), H(H), W(W), C(C), units(units), row((W * units + tile_rows - 1) / tile_rows * tile_rows), stride(odd_lines<Pair>(groups * H * row)) {}
+  int64_t row_tiles() const { return (W * units + tile_rows - 1) / tile_rows; }
+  int64_t tiles() const { return H * row_tiles(); }  // of a group of images and a block
+  int64_t size() const { return (C + tile_rows - 1) / tile_rows * tiles() * tile_size; }
+  static constexpr int64_t tile_size = tile_rows * tile_rows;
 
-  int64_t size() const { return (C + tile_rows - 1) / tile_rows * tile_rows * stride; }
-
-  // Rows of one group, whose first image is `first`, to its place in `copy`.
-  void read(const HalfSource& source, int64_t first, Pair* copy) const {
+  // One group, whose first image is `first`, to its place in `copy`, where blocks are `block` apart.
+  void read(const HalfSource& source, int64_t first, Pair* copy, int64_t block) const {
     with_kind(source.kind, [&](auto kind) {
-      for (int64_t y = 0; y < H; y++) {
-        for (int64_t pixel = 0; pixel < row; pixel += tile_rows) {
-          for (int64_t c = 0; c < C; c += lanes<float>) {
-            int64_t n = std::min<int64_t>(C - c, lanes<float>);
+      for (int64_t c = 0; c < C; c += lanes<float>, copy += block) {
+        int64_t n = std::min<int64_t>(C - c, lanes<float>);
+        Pair* to = copy;
+        for (int64_t y = 0; y < H; y++) {
+          for (int64_t tile = 0; tile < row_tiles(); tile++) {
             Vec<float> rows[lanes<float>];
             for (int i = 0; i < lanes<float>; i++) {
-              int64_t x = (pixel + i) / units, image = first + (pixel + i) % units * 2;
+              int64_t x = (tile * tile_rows + i) / units, image = first + (tile * tile_rows + i) % units * 2;
               bool missing = x >= W || image >= N;
               rows[i] = missing ? Vec<float>{} : Images<Pair>(source, image, N, H * W * C, C).template pair<kind()>((y * W + x) * C, C, c, n);
             }
             transpose(rows);
-            for (int i = 0; i < lanes<float>; i++) {
-              std::memcpy(copy + (c + i) * stride + y * row + pixel, &rows[i], sizeof rows[i]);
-            }
+            for (int i = 0; i < lanes<float>; i++, to += line<Pair>) std::memcpy(to, &rows[i], sizeof rows[i]);
           }
         }
       }

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from fastgan import library
-from fastgan.backends import instruction_set
 from fastgan.bench.cases import PRECISIONS
 from fastgan.bench.pairing import seconds
 from fastgan.errors import BackendError
@@ -38,12 +37,12 @@ def environment(device: torch.device, program: str = "python -m fastgan.bench") 
 
 
 def _kernels() -> str | None:
-    """The instruction set of the convolutions; None where the CPU library cannot be had."""
+    """The best instruction set of the kernels; None where the CPU library cannot be had."""
     try:
         library.load("cpu")
     except BackendError:
         return None
-    return instruction_set(convolution=True)
+    return torch.ops.fastgan_cpu.instruction_set()
 
 
 def _measuring(arguments: list[str]) -> str:

@@ -131,7 +131,7 @@ def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool, bat
             input = torch.cat([_run_by_operations(stretch, batch, why) for batch in _cut(input, batches)])
         elif kernels.BACKEND == "cpu" and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                result = run(input.float())
+                result = run(input.to(kernels.lower_dtype()))
             input = result.to(torch.get_autocast_dtype("cpu"))
         else:
             input = run(input)
@@ -167,13 +167,16 @@ def _why_not_cpu(input: Tensor) -> str | None:
     autocast = torch.is_autocast_enabled("cpu")
     if autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return "autocast to another dtype than bfloat16"
-    if autocast and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "the library computes in bfloat16 here, the kernels in float32"
-    if input.dtype not in (torch.float32, torch.float64) and not (autocast and input.dtype == torch.bfloat16):
-        return "the kernels compute in float32"
-    from fastgan.nn.stack_cpu import why_not
+    from fastgan.nn import stack_cpu
 
-    return why_not()
+    if (reason := stack_cpu.why_not()) is not None:
+        return reason
+    in_float32 = stack_cpu.lower_dtype() == torch.float32
+    if autocast and in_float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "the library computes in bfloat16 here, the kernels, for want of AMX, in float32"
+    if input.dtype == torch.bfloat16 and (autocast or not in_float32):
+        return None
+    return None if input.dtype in (torch.float32, torch.float64) else f"the kernels do not compute in {input.dtype} here"
 
 
 def _why_not_triton(input: Tensor) -> str | None:

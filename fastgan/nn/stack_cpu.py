@@ -27,14 +27,25 @@ def why_not() -> str | None:
         library.load("cpu")
     except BackendError as error:
         return str(error)
-    lacks = instruction_set(convolution=True) == "plain"
+    lacks = instruction_set(torch.float32) == "plain"
     return "the convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks" if lacks else None
+
+
+@cache
+def lower_dtype() -> torch.dtype:
+    """In which the kernels compute under autocast to bfloat16."""
+    return torch.float32 if instruction_set(torch.bfloat16) == "plain" else torch.bfloat16
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Of parameters, constants and sums beside images of `dtype`."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def why_not_block(block: Block, input: Tensor) -> str | None:
     """Why a block cannot be in a unit; None: it can, by the library's convolution if need be."""
-    weight, dtype = block.conv.weight, torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
-    return None if weight.dtype == dtype else f"the weight is {weight.dtype}, the kernels compute in {dtype}"
+    weight, dtype = block.conv.weight, torch.float32 if torch.is_autocast_enabled("cpu") else _wide(input.dtype)
+    return None if weight.dtype == dtype else f"the weight is {weight.dtype}, the kernels take {dtype}"
 
 
 # --- one block ----------------------------------------------------------------------------------------------------
@@ -58,7 +69,7 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
 
 def convolution_by(step: Step, operand: Operand, weight: Any) -> str:
     own = _halves(step) and _own(step.transposed, operand.value, weight)
-    return f"{instruction_set(convolution=True)} kernels" if own else "the library"
+    return f"{instruction_set(operand.value.dtype)} kernels" if own else "the library"
 
 
 def _convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -85,10 +96,10 @@ def _shared(sums: Tensor, count: int, group: Any) -> tuple[Tensor, int]:
 def _constants(step: Step, y: Tensor, sums: Tensor | None, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
     norm = step.norm
     if norm is None:
-        return None if step.slope == 1.0 else _identity(y.shape[1], y.dtype)
+        return None if step.slope == 1.0 else _identity(y.shape[1], _wide(y.dtype))
     if not norm.by_batch:
         count = y.numel() // y.shape[1]
-        frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(y.dtype)
+        frozen = torch.stack([norm.running_mean, norm.running_var * count]).to(_wide(y.dtype))
         return torch.ops.fastgan_cpu.block_constants(frozen, count, gamma, beta, norm.eps, None, None, (0.0,))
     assert sums is not None
     running = running_statistics(norm, y.shape)
@@ -223,6 +234,7 @@ def _images(rows: Tensor, weight: Tensor, large: bool) -> Tensor:
 
 
 def _library_convolution(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
     if bias is None and _is_product(step, input, weight):
         matrix = _matrix(weight)
         y = _images(_matrix(input) @ (matrix if step.transposed else matrix.t()), weight, step.transposed)
@@ -234,6 +246,7 @@ def _library_convolution(step: Step, input: Tensor, weight: Tensor, bias: Tensor
 def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tensor, mask) -> list[Tensor | None]:
     """Gradients of input (channels-last), weight and bias by the library; `input` matters only for the weight's."""
     dy = gradient.value
+    weight = weight.to(dy.dtype)
     if gradient.constants is not None:
         count("cpu", "block_backward")
         dy = _by_sets(torch.ops.fastgan_cpu.block_backward, dy, gradient.second, None, gradient.constants, 1.0)
