@@ -339,7 +339,8 @@ BOTH = (channels_last(2, 4, 6, 6), None, None, 1.0, OTHER, None, None, 1.0, Fals
     ("operator", "changes", "message"),
     [
         ("convolve", {0: torch.randn(4, 6, 6)}, "input and weight must have 4 dimensions"),
-        ("convolve", {0: channels_last(2, 4, 6, 6).bfloat16()}, "input must be float32 or float64"),
+        ("convolve", {0: channels_last(2, 4, 6, 6).half()}, "input must be float32, float64 or bfloat16"),
+        ("convolve", {0: channels_last(2, 4, 6, 6).double()}, "weight must have the dtype"),
         ("convolve", {0: channels_last(2, 0, 6, 6), 4: torch.randn(8, 0, 4, 4)}, "at least one channel.*got 0 and 8"),
         ("convolve", {4: torch.randn(0, 4, 4, 4)}, "at least one channel.*got 4 and 0"),
         ("convolve", {1: channels_last(2, 4, 6, 6)}, "a second operand needs constants"),

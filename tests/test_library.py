@@ -32,6 +32,7 @@ def supported_instruction_sets() -> list[str]:
     needs = {
         "avx2": {"avx2", "fma"},
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "amx": {"avx512_bf16", "amx_tile", "amx_bf16"},
     }
     sets = ["plain"]
     for name, needed in needs.items():
@@ -69,7 +70,7 @@ def test_instruction_set_can_be_forced(name):
 def test_unknown_instruction_set_is_an_error():
     result = run_python(SHOW, FASTGAN_CPU="sse9")
     assert result.returncode
-    assert "FastganError: FASTGAN_CPU must be plain, avx2 or avx512, got sse9" in result.stderr
+    assert "FastganError: FASTGAN_CPU must be plain, avx2, avx512 or amx, got sse9" in result.stderr
 
 
 CONVOLVE = """
@@ -85,6 +86,11 @@ torch.ops.fastgan_cpu.convolve(large, *no, weight, False, 2, 2, False, *no, 0)
 def test_convolution_without_avx2_is_an_error():
     result = run_python(CONVOLVE, FASTGAN_CPU="plain")
     assert "fastgan's convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks" in result.stderr
+
+
+def test_convolution_in_bf16_without_amx_is_an_error():
+    result = run_python(CONVOLVE.replace("last), torch", "last).bfloat16(), torch"), FASTGAN_CPU="plain")
+    assert "fastgan's convolutions in bfloat16 need AMX, which this processor, build or FASTGAN_CPU" in result.stderr
 
 
 def test_smaller_instruction_sets_are_linked_first():
@@ -111,19 +117,20 @@ Ints bits(Floats x) { return std::bit_cast<Ints>(x); }
 """
 
 
-@pytest.mark.parametrize("stem", ["adam_ema", "bn_act", "convolution", "gan_bce", "planted"])
+@pytest.mark.parametrize("stem", ["adam_ema", "bn_act", "convolution", "convolution_bf16", "gan_bce", "planted"])
 def test_no_instruction_sets_share_a_function_that_takes_registers(stem, tmp_path):
     """The linker keeps one of a standard template's copies, and sets do not pass registers alike. Inlining hides it."""
     name = "gan_bce" if stem == "planted" else stem
     units = build.get_build_parameters("cpu").units
-    unit = next((u for u in units if u.object == f"cpu_{name}.isa.cpp.avx2.o"), None)
+    copy = "amx" if name == "convolution_bf16" else "avx2"
+    unit = next((u for u in units if u.object == f"cpu_{name}.isa.cpp.{copy}.o"), None)
     if unit is None or shutil.which("nm") is None:
-        pytest.skip("needs a compiler for AVX2 and nm")
+        pytest.skip(f"needs a compiler for {copy} and nm")
     source, compiled = unit.source, tmp_path / "kernels.o"
     if stem == "planted":
         source = tmp_path / "planted.cpp"
         source.write_text(PLANTED)
     subprocess.run([*unit.command, "-O0", "-c", source, "-o", compiled], check=True)
     listed = subprocess.run(["nm", "-C", compiled], capture_output=True, text=True, check=True).stdout
-    shared = [x for x in listed.splitlines() if " W " in x and "__vector(" in x and "fastgan::cpu::avx2::" not in x]
+    shared = [x for x in listed.splitlines() if " W " in x and "__vector(" in x and f"fastgan::cpu::{copy}::" not in x]
     assert bool(shared) == (stem == "planted"), shared

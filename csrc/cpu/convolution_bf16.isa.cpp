@@ -2,6 +2,7 @@
 // is left of the time is making operands and finishing results. Each thread takes some images through all of that in its
 // second-level cache; only a weight's gradient, which is a sum over all images, is made by all threads together.
 #if defined(__AMX_BF16__)
+#include <utility>
 #include <vector>
 
 #include "cpu/convolution.h"
@@ -39,23 +40,26 @@ struct Product {
   void multiply(const bfloat16* from, int64_t count, float* to) const {
     Tiles configured;
     int64_t together = std::max<int64_t>(1, 16 / weights.taps);  // steps
+    std::vector<std::pair<const bfloat16*, float*>> places;  // of each tile
     for (const Phase& phase : phases) {
-      int64_t row_tiles = phase.rows * tiles, all = count * row_tiles;
+      places.clear();
+      for (int64_t i = 0; i < count; i++) {
+        for (int64_t y = 0; y < phase.rows; y++) {
+          const bfloat16* a = from + i * operand() + phase.from + y * phase.from_row;
+          float* c = to + i * result + phase.to + y * phase.to_row;
+          for (int64_t t = 0; t < tiles; t++) places.emplace_back(a + t * tile_rows * tile_depth, c + t * tile_rows * result_pixel);
+        }
+      }
+      if (places.size() % 2) places.push_back(places.back());
+      int64_t all = count * phase.rows * tiles;
       const bfloat16* u = phase.weights;
       for (int64_t column = 0; column < weights.tiles; column += 2) {
         int64_t width = weights.width(column);
         for (int64_t step = 0; step < weights.steps; step += together) {
           int64_t steps = std::min(together, weights.steps - step);
-          auto place = [&](int64_t tile, const bfloat16*& a, float*& c) {
-            int64_t group = tile / row_tiles, y = tile % row_tiles / tiles, t = tile % tiles;
-            a = from + group * operand() + step * block + phase.from + y * phase.from_row + t * tile_rows * tile_depth;
-            c = to + group * result + phase.to + y * phase.to_row + t * tile_rows * result_pixel + column * tile_columns;
-          };
           for (int64_t tile = 0; tile < all; tile += 2) {
-            const bfloat16* a[2];
-            float* c[2];
-            place(tile, a[0], c[0]);
-            place(std::min(tile + 1, all - 1), a[1], c[1]);
+            const bfloat16* a[2] = {places[tile].first + step * block, places[tile + 1].first + step * block};
+            float* c[2] = {places[tile].second + column * tile_columns, places[tile + 1].second + column * tile_columns};
             with_tiles(tile + 1 < all, width == 2, [&](auto R, auto V) __attribute__((always_inline)) {
               using Block = Sums<R(), V()>;
               step > 0 ? Block::load(c, result_pixel) : Block::zero();

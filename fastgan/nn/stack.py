@@ -176,7 +176,9 @@ def _why_not_cpu(input: Tensor) -> str | None:
         return "the library computes in bfloat16 here, the kernels, for want of AMX, in float32"
     if input.dtype == torch.bfloat16 and (autocast or not in_float32):
         return None
-    return None if input.dtype in (torch.float32, torch.float64) else f"the kernels do not compute in {input.dtype} here"
+    return (
+        None if input.dtype in (torch.float32, torch.float64) else f"the kernels do not compute in {input.dtype} here"
+    )
 
 
 def _why_not_triton(input: Tensor) -> str | None:
