@@ -158,55 +158,78 @@ FASTGAN_INLINE Vec<T> as_stored(const T*, Vec<T> value) {
   return value;
 }
 
-// One block of one lane group; memory is dense.
-template <class T, Finish kind, class S>
+// One block of some registers of channels, n of the last; memory is dense.
+template <class T, Finish kind, int count, class S>
 FASTGAN_INLINE void finish_lanes(const Sink<T, S>& s, const T* in, const Steps& steps, int64_t at, int64_t rows, int64_t W,
                                  int64_t C, int64_t c, int64_t n, T* partial) {
-  Vec<T> first{}, second{}, mean{}, scale{}, shift{}, slope = splat(s.slope);
+  Vec<T> first[count] = {}, second[count] = {}, mean[count] = {}, scale[count], shift[count], slope = splat(s.slope);
+  auto constant = [&](int row, int i) __attribute__((always_inline)) { return load(s.constants + row * C + c + i * lanes<T>, n); };
   if constexpr (kind == Finish::statistics) {
     // A first pass for the mean, nearly: sums of differences from it lose no digits, whatever it is.
     for (int64_t y = 0; y < rows; y++) {
-      for (int64_t x = 0; x < W; x++) mean += as_stored(s.out, load(in + y * steps.row + steps.pixel(x), n));
+      for (int64_t x = 0; x < W; x++) {
+        const T* p = in + y * steps.row + steps.pixel(x);
+        FASTGAN_UNROLL for (int i = 0; i < count; i++) mean[i] += as_stored(s.out, load(p + i * lanes<T>, n));
+      }
     }
-    mean /= splat(static_cast<T>(rows * W));
-  }
-  if constexpr (kind == Finish::backward) {
-    mean = load(s.constants + row_mean * C + c, n);
-    scale = load(s.constants + row_scale * C + c, n);
-    shift = load(s.constants + row_shift * C + c, n);
+    FASTGAN_UNROLL for (int i = 0; i < count; i++) mean[i] /= splat(static_cast<T>(rows * W));
+  } else {
+    FASTGAN_UNROLL for (int i = 0; i < count; i++) {
+      mean[i] = constant(row_mean, i), scale[i] = constant(row_scale, i), shift[i] = constant(row_shift, i);
+    }
   }
   for (int64_t y = 0; y < rows; y++, in += steps.row) {
     for (int64_t x = 0; x < W; x++, at += C) {
-      Vec<T> value = load(in + steps.pixel(x), n);
-      if constexpr (kind == Finish::statistics) {
-        value = as_stored(s.out, value);
-        Vec<T> d = value - mean;
-        first += d, second = fma(d, d, second);
+      const T* p = in + steps.pixel(x);
+      FASTGAN_UNROLL for (int i = 0; i < count; i++) {
+        Vec<T> value = load(p + i * lanes<T>, n);
+        if constexpr (kind == Finish::statistics) {
+          value = as_stored(s.out, value);
+          Vec<T> d = value - mean[i];
+          first[i] += d, second[i] = fma(d, d, second[i]);
+        } else {
+          Vec<T> raw = load(s.y + at + i * lanes<T>, n);
+          value = as_stored(s.out, activated_gradient<T>(value, normalised<T>(raw, mean[i], scale[i], shift[i]), slope));
+          first[i] += value, second[i] = fma(value, raw - mean[i], second[i]);
+        }
+        store(s.out + at + i * lanes<T>, value, n);
       }
-      if constexpr (kind == Finish::backward) {
-        Vec<T> raw = load(s.y + at, n);
-        value = as_stored(s.out, activated_gradient<T>(value, normalised<T>(raw, mean, scale, shift), slope));
-        first += value, second = fma(value, raw - mean, second);
-      }
-      store(s.out + at, value, n);
     }
   }
-  if constexpr (kind == Finish::statistics) {
-    Vec<T> count = splat(static_cast<T>(rows * W)), offset = first / count;
-    second = second - first * offset;
-    first = mean + offset;
+  FASTGAN_UNROLL for (int i = 0; i < count; i++) {
+    if constexpr (kind == Finish::statistics) {
+      Vec<T> terms = splat(static_cast<T>(rows * W)), offset = first[i] / terms;
+      second[i] = second[i] - first[i] * offset;
+      first[i] = mean[i] + offset;
+    }
+    T* sums = partial + c + i * lanes<T>;
+    store(sums, first[i], n), store(sums + C, second[i], n);
   }
-  if constexpr (kind != Finish::plain) store(partial + c, first, n), store(partial + C + c, second, n);
 }
 
 template <class T, Finish kind, class S>
 void finish_block(const Sink<T, S>& s, const T* in, const Steps& steps, int64_t at, int64_t rows, int64_t W, int64_t C,
                   T* partial) {
+  constexpr int count = sizeof(T) / sizeof(S);  // registers that fill a cache line of what is stored
   int64_t c = 0;
-  for (; c + lanes<T> <= C; c += lanes<T>) {
-    finish_lanes<T, kind>(s, in + c, steps, at + c, rows, W, C, c, lanes<T>, partial);
+  for (; c + count * lanes<T> <= C; c += count * lanes<T>) {
+    finish_lanes<T, kind, count>(s, in + c, steps, at + c, rows, W, C, c, lanes<T>, partial);
   }
-  if (c < C) finish_lanes<T, kind>(s, in + c, steps, at + c, rows, W, C, c, C - c, partial);
+  for (; c < C; c += lanes<T>) {
+    finish_lanes<T, kind, 1>(s, in + c, steps, at + c, rows, W, C, c, std::min<int64_t>(lanes<T>, C - c), partial);
+  }
+}
+
+template <class T, class S>
+void store_block(const Sink<T, S>& s, const T* in, const Steps& steps, int64_t at, int64_t rows, int64_t W, int64_t C) {
+  for (int64_t y = 0; y < rows; y++, in += steps.row) {
+    for (int64_t x = 0; x < W; x++, at += C) {
+      const T* p = in + steps.pixel(x);
+      int64_t c = 0;
+      for (; c + lanes<T> <= C; c += lanes<T>) store(s.out + at + c, load(p + c));
+      if (c < C) store(s.out + at + c, load(p + c, C - c), C - c);
+    }
+  }
 }
 
 // The block of rows from y on; `in` is its first pixel.
@@ -228,7 +251,7 @@ void write_block(const Sink<T, S>& sink, int64_t image, int64_t H, int64_t W, in
           return;
         }
       }
-      return finish_block<T, Finish::plain>(s, in, steps, at, rows, W, C, nullptr);
+      return store_block(s, in, steps, at, rows, W, C);
   }
 }
 

@@ -13,8 +13,8 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t cached_operands = 1 << 20;   // bytes of what a thread reads before it multiplies
-constexpr int64_t cached_gradient = 4 << 20;   // and all of them together, for a weight's gradient
+constexpr int64_t cached_images = 3 << 19;    // bytes of operands and results that a thread has at a time
+constexpr int64_t cached_gradient = 2 << 20;  // of operands of a weight's gradient, which all threads read
 
 int64_t tiles_of(int64_t values) { return (values + tile_rows - 1) / tile_rows; }
 
@@ -84,7 +84,9 @@ struct Product {
 template <class Read, class FinishImage>
 void run_product(const Product& p, int64_t N, int64_t images, const Read& read, const FinishImage& finish) {
   int64_t groups = (N + images - 1) / images, threads = thread_count();
-  int64_t step = std::clamp<int64_t>(cached_operands / (p.operand() * int64_t{sizeof(bfloat16)}), 1, (groups + threads - 1) / threads);
+  int64_t bytes = p.operand() * int64_t{sizeof(bfloat16)} + p.result * int64_t{sizeof(float)};
+  int64_t share = (groups + threads - 1) / threads, turns = (share * bytes + cached_images - 1) / cached_images;
+  int64_t step = std::max<int64_t>(1, (share + turns - 1) / turns);  // equal shares for all threads, in as few turns as fit
   parallel((groups + step - 1) / step, [&](int64_t task) {
     int64_t first = task * step, count = std::min(step, groups - first);
     // The last tile of a row may reach beyond its copy.
