@@ -14,10 +14,10 @@ namespace fastgan::cpu::FASTGAN_ISA {
 
 template <class T>
 constexpr int panel = 2 * lanes<T>;
-// Rows of a tile of V registers: 12 accumulators, V operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32,
-// but 12 independent sums already outlast the latency of two multipliers, and larger tiles take longer to compile.
+// Rows of a tile of V registers: 12 accumulators, V operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32;
+// twice the rows take half the reads of B, and of those from the second-level cache half the bytes a cycle.
 template <int V>
-constexpr int micro_rows = 12 / V;
+constexpr int micro_rows = (vector_bytes == 64 ? 24 : 12) / V;
 // Sums run in registers over this many terms before they are added to memory. Short runs bound the rounding error,
 // which Winograd's transforms amplify; 64 costs about 4 % of the product, 32 twice that.
 constexpr int64_t run_length = 64, short_run_length = 32;
@@ -125,7 +125,7 @@ template <class T, int R0 = 0>
 void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool accumulate) {
   constexpr int left = panel<T> - R0;
   if constexpr (left > 0) {
-    // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4.
+    // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4; 32 as 11 + 11 + 10.
     constexpr int tiles = (left + micro_rows<2> - 1) / micro_rows<2>, R = (left + tiles - 1) / tiles;
     micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, c + R0 * panel<T>, panel<T>, accumulate);
     multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate);
