@@ -18,8 +18,9 @@ int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size) {
 }
 
 // A thread takes images of about `apart_tiles` tiles through all three stages on its own, in its second-level cache, where
-// there are images enough for all and the whole transformed weight stays in the last level.
-constexpr int64_t apart_tiles = 32, apart_weights = 4 << 20;
+// there are images enough for all and the whole transformed weight stays in the last level. Processors with AVX-512 have
+// larger second levels and slower last ones.
+constexpr int64_t apart_tiles = vector_bytes, apart_weights = vector_bytes == 64 ? 8 << 20 : 4 << 20;
 
 // product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each. The
 // transformed weight never exists as a whole, for deep layers it would be 30 MB: weight_of(first, last, from, count, u, point)
@@ -38,6 +39,7 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
     int64_t o = task / cuts * width, last = std::min(o + width, out_panels), first = task % cuts * share;
     int64_t count = std::min(share, rows - first), point_stride = (width * chunk + 1) * panel<T>;
     T* u = scratch<T>(Scratch::weight, points * point_stride);
+    Ahead nothing;
     for (int64_t from = 0; from < depth; from += chunk) {
       int64_t deep = std::min(chunk, depth - from);
       weight_of(o, last, from, deep, u, point_stride);
@@ -46,7 +48,7 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
         T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
         for (int64_t row = 0; row < count; row += rows_at_once) {
           multiply_panels(a + row * panel<T>, stride * panel<T>, u + point * point_stride, deep * panel<T>, deep, run,
-                          c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0);
+                          c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0, nothing);
         }
       }
     }
@@ -57,6 +59,7 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
 struct Side {
   int64_t H, W, C, panels;
   Frame frame;
+  int64_t size() const { return H * W * C; }
 };
 
 // From the large side to the small one or, `up`, back.
@@ -116,9 +119,17 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
       T* v = scratch<T>(Scratch::large, per_tile * from.panels * stride);
       T* m = scratch<T>(Scratch::small, per_tile * to.panels * stride);
       for (int64_t i = 0; i < count; i++) read(first + i, v + i * tiles * panel<T>, stride);
+      // What the next block reads, and what this one's result needs.
+      int64_t next = first + count, more = std::min(step, s.N - next);
+      Ahead ahead;
+      ahead.add(source.a + next * from.size(), more * from.size());
+      if (source.b) ahead.add(source.b + next * from.size(), more * from.size());
+      if (output.sink.y) ahead.add(output.sink.y + first * to.size(), count * to.size());
+      ahead.add(output.sink.out + first * to.size(), count * to.size());
+      ahead.spread(Scheme::points * tile_runs(to.panels, rows, depth, run));
       for (int p = 0; p < Scheme::points; p++) {
         multiply_panels(v + p * from.panels * stride * panel<T>, stride * panel<T>, u + p * point, depth * panel<T>, depth, run,
-                        m + p * to.panels * stride * panel<T>, stride * panel<T>, to.panels, rows, false);
+                        m + p * to.panels * stride * panel<T>, stride * panel<T>, to.panels, rows, false, ahead);
       }
       for (int64_t i = 0; i < count; i++) write(first + i, m + i * tiles * panel<T>, stride);
     });

@@ -14,10 +14,10 @@ namespace fastgan::cpu::FASTGAN_ISA {
 
 template <class T>
 constexpr int panel = 2 * lanes<T>;
-// Rows of a tile of V registers: 12 accumulators, V operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32,
-// but 12 independent sums already outlast the latency of two multipliers, and larger tiles take longer to compile.
+// Rows of a tile of V registers: 12 accumulators, V operands and 1 broadcast fill the 16 registers of AVX2. AVX-512 has 32;
+// twice the rows take half the reads of B, and of those from the second-level cache half the bytes a cycle.
 template <int V>
-constexpr int micro_rows = 12 / V;
+constexpr int micro_rows = (vector_bytes == 64 ? 24 : 12) / V;
 // Sums run in registers over this many terms before they are added to memory. Short runs bound the rounding error,
 // which Winograd's transforms amplify; 64 costs about 4 % of the product, 32 twice that.
 constexpr int64_t run_length = 64, short_run_length = 32;
@@ -88,36 +88,69 @@ FASTGAN_INLINE void with_rows(int64_t count, const F& f) {
   f(std::integral_constant<int, most>());
 }
 
+// Memory that is used later, asked for share by share while products are computed: all at once, the processor would wait.
+struct Ahead {
+  struct Range {
+    const char *from, *end;
+  };
+  Range ranges[4] = {};
+  int64_t count = 0, lines = 0, share = 0;
+
+  template <class T>
+  void add(const T* from, int64_t n) {
+    if (!from || n <= 0) return;
+    ranges[count++] = {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + n)};
+    lines += n * static_cast<int64_t>(sizeof(T)) / 64 + 1;
+  }
+  void spread(int64_t calls) { share = lines / calls + 1; }
+  void operator()() {
+    for (int64_t i = 0; i < share && count > 0; i++) {
+      Range& last = ranges[count - 1];
+      __builtin_prefetch(last.from, 0, 2);
+      last.from += 64;
+      if (last.from >= last.end) count--;
+    }
+  }
+};
+struct Nothing {
+  void operator()() const {}
+};
+
 // c (+)= A b for `columns` panels, of V registers: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart,
-// rows of c c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A panel of b serves all
-// rows from the first-level cache, and a tile of c stays there from run to run.
-template <class T, int V, class At>
+// rows of c c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A run of A serves all columns
+// and a run of a panel of b all rows from the first-level cache. `between` is called before each tile's run.
+template <class T, int V, class At, class Between = Nothing>
 FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c,
-                                  int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
+                                  int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate,
+                                  Between&& between = {}) {
   // Equal shares of rows: 32 as 6 + 6 + 5 + 5 + 5 + 5, for a tile of 2 would wait for its own sums.
   constexpr int most = micro_rows<V>;
   int64_t shares = (rows + most - 1) / most, share = rows / std::max<int64_t>(1, shares), larger = rows - share * shares;
   int64_t a_run = run / at.segment * at.jump;
-  for (int64_t j = 0; j < columns; j++, b += b_stride, c += c_stride) {
-    for (int64_t i = 0, row = 0, count; i < shares; i++, row += count) {
-      count = share + (i < larger);
-      const T* ak = a + row * at.row;
-      T* to = c + row * c_row;
-      with_rows<most>(count, [&](auto R) __attribute__((always_inline)) {
-        for (int64_t k = 0; k < depth; k += run, ak += a_run) {
-          micro_run<T, R(), V>(ak, at, b + k * V * lanes<T>, V * lanes<T>, std::min(run, depth - k), to, c_row, accumulate || k > 0);
-        }
-      });
+  for (int64_t k = 0; k < depth; k += run, a += a_run, b += run * V * lanes<T>, accumulate = true) {
+    for (int64_t j = 0; j < columns; j++) {
+      for (int64_t i = 0, row = 0, count; i < shares; i++, row += count) {
+        count = share + (i < larger);
+        between();
+        with_rows<most>(count, [&](auto R) __attribute__((always_inline)) {
+          micro_run<T, R(), V>(a + row * at.row, at, b + j * b_stride, V * lanes<T>, std::min(run, depth - k), c + row * c_row + j * c_stride,
+                               c_row, accumulate);
+        });
+      }
     }
   }
+}
+
+inline int64_t tile_runs(int64_t columns, int64_t rows, int64_t depth, int64_t run) {
+  return columns * ((rows + micro_rows<2> - 1) / micro_rows<2>) * ((depth + run - 1) / run);
 }
 
 // The same of A in panel layout, its panels `a_stride` apart. One copy for all callers: inlined, its tiles were a quarter of
 // what these files take to compile.
 template <class T>
 __attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, int64_t run,
-                                               T* c, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate) {
-  multiply_rows<T, 2>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate);
+                                               T* c, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate, Ahead& ahead) {
+  multiply_rows<T, 2>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate, ahead);
 }
 
 // c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each.
@@ -125,7 +158,7 @@ template <class T, int R0 = 0>
 void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool accumulate) {
   constexpr int left = panel<T> - R0;
   if constexpr (left > 0) {
-    // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4.
+    // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4; 32 as 11 + 11 + 10.
     constexpr int tiles = (left + micro_rows<2> - 1) / micro_rows<2>, R = (left + tiles - 1) / tiles;
     micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, c + R0 * panel<T>, panel<T>, accumulate);
     multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate);

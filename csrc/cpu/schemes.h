@@ -129,7 +129,7 @@ struct Winograd {
 
   // The transformed weight for panels first .. last of the small side, and of the operand's depth `count` from `from` on:
   // each point [panel][count][panel], points `point` apart. A chunk of depth holds whole groups.
-  static constexpr int64_t chunk = 2 * phases * panel<T>;
+  static constexpr int64_t chunk = 128;
 
   void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out,
                        int64_t point) const {
@@ -139,6 +139,8 @@ struct Winograd {
           int64_t half = i / lanes<T> % panel<T>, column = i / lanes<T> / panel<T> * lanes<T>;
           FilterBlock<T> block;
           load_block(weight, kp * panel<T> + half, (from + d) / phases + column, block);
+          int64_t next = half ? kp * panel<T> : kp * panel<T> + lanes<T>, next_column = (from + d) / phases + column + (half ? lanes<T> : 0);
+          for (int l = 0; l < lanes<T>; l++) prefetch_taps(weight, next + l, next_column);
           for (int j = 0; j < lanes<T>; j++) {
             FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
               transform_taps(block[j], phase, out + (d + phase * panel<T> + column + j) * panel<T> + half, point);
@@ -158,6 +160,7 @@ struct Winograd {
       for (int64_t k = 0; k < count; k++) {
         for (int half = 0; half < panel<T>; half += lanes<T>) {
           Vec<T> tap[taps];
+          prefetch_taps(weight, from + k + 2, cp * panel<T> + half);
           load_taps(weight, from + k, cp * panel<T> + half, tap);
           FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {  // a constant phase keeps the taps in registers
             int64_t p = cp * phases + phase;

@@ -1,5 +1,7 @@
 // Working memory that each thread keeps: fresh memory from the system costs a page fault per 4 KB, a tenth of a step.
 #pragma once
+#include <sys/mman.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -10,7 +12,10 @@ namespace {
 
 enum class Scratch { weight, weights, large, small, image, sums, partial, count };
 
-// At least n elements on a 64-byte boundary, of any content; the same memory at each call for the same use.
+constexpr size_t huge_page = 2 << 20;
+
+// At least n elements on a 64-byte boundary, of any content; the same memory at each call for the same use. Transforms write
+// to some sixty places at once, more than processors keep addresses of pages of 4 KB for: what is large asks for pages of 2 MB.
 template <class T>
 T* scratch(Scratch use, int64_t n) {
   struct Free {
@@ -22,12 +27,14 @@ T* scratch(Scratch use, int64_t n) {
   };
   thread_local Buffer buffers[static_cast<int>(Scratch::count)];
   Buffer& b = buffers[static_cast<int>(use)];
-  size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
+  size_t bytes = static_cast<size_t>(n) * sizeof(T), page = bytes < huge_page / 8 ? 64 : huge_page;
+  bytes = (bytes + page - 1) / page * page;
   if (bytes > b.bytes) {
     b.bytes = 0;
     b.memory.reset();
-    b.memory.reset(std::aligned_alloc(64, bytes));
+    b.memory.reset(std::aligned_alloc(page, bytes));
     if (!b.memory) throw std::bad_alloc();
+    if (page == huge_page) madvise(b.memory.get(), bytes, MADV_HUGEPAGE);
     b.bytes = bytes;
   }
   return static_cast<T*>(b.memory.get());

@@ -19,18 +19,6 @@ namespace {
 
 constexpr int64_t thin_channels = 4;  // to the large side at most; in the other directions more may pay
 
-// Memory that is read later, asked for share by share while products are computed: all at once, the processor would wait.
-template <class T>
-struct Ahead {
-  const T* from;
-  int64_t share;
-
-  void operator()() {
-    for (int64_t i = 0; i < share; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
-    from += share;
-  }
-};
-
 template <class T>
 struct Thin {
   static constexpr int points = 4, squares = 3;
@@ -149,7 +137,9 @@ struct Thin {
   // To squares [count][squares][width], while memory brings `next`.
   void multiply_row_points(const T* v, const T* u, int64_t count, const T* next, T* to) const {
     int64_t step = micro_rows<1> / tile_registers();
-    Ahead<T> ahead{next, count * squares * s.K / (points * ((count + step - 1) / step))};
+    Ahead ahead;
+    ahead.add(next, count * squares * s.K);
+    ahead.spread(points * ((count + step - 1) / step));
     auto multiply = [&](int point, int square, bool accumulate) {
       for (int64_t i = 0; i < count; i += step) {
         ahead();
@@ -221,7 +211,9 @@ struct Thin {
       const T* small = read_small_rows(small_source, image, y, rows);
       for (int64_t x = 0; x < s.W; x += across) {
         int64_t count = std::min(across, s.W - x);
-        Ahead<T> ahead{small_source.a + small_row(image, y + rows) + x * s.K, rows * count * s.K / (4 * panels_of_k)};
+        Ahead ahead;
+        ahead.add(small_source.a + small_row(image, y + rows) + x * s.K, rows * count * s.K);
+        ahead.spread(4 * panels_of_k);
         for (int64_t j = 0; j < columns; j += panel<T>) {
           for (int ky = 0; ky < 4; ky++) {
             ahead();
