@@ -34,7 +34,9 @@ T* scratch(Scratch use, int64_t n) {
     b.memory.reset();
     b.memory.reset(std::aligned_alloc(page, bytes));
     if (!b.memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE  // Linux
     if (page == huge_page) madvise(b.memory.get(), bytes, MADV_HUGEPAGE);
+#endif
     b.bytes = bytes;
   }
   return static_cast<T*>(b.memory.get());
