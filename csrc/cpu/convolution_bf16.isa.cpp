@@ -14,7 +14,7 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t cached_images = 3 << 19;    // bytes of operands and results that a thread has at a time
-constexpr int64_t cached_gradient = 2 << 20;  // of operands of a weight's gradient, which all threads read
+constexpr int64_t cached_gradient = 5 << 19;  // of operands of a weight's gradient, which all threads read
 
 int64_t tiles_of(int64_t values) { return (values + tile_rows - 1) / tile_rows; }
 
@@ -198,7 +198,8 @@ void to_weight(const Convolution& c) {
   int64_t depth = unrolled ? patches.depth() : s.C, tap_count = unrolled ? 1 : taps;
   int64_t k_blocks = (tiles_of(s.K) + 1) / 2, c_blocks = (tiles_of(depth) + 1) / 2;
   constexpr int64_t sum_size = 4 * tile_rows * tile_columns;
-  float* sums = scratch<float>(Scratch::sums, k_blocks * c_blocks * tap_count * sum_size);
+  bool once = step == groups;  // then a task's sums stay in its cache
+  float* sums = once ? nullptr : scratch<float>(Scratch::sums, k_blocks * c_blocks * tap_count * sum_size);
   for (int64_t first = 0; first < groups; first += step) {
     int64_t count = std::min(step, groups - first);
     parallel(count, [&](int64_t i) {
@@ -209,7 +210,7 @@ void to_weight(const Convolution& c) {
     std::fill_n(b + count * large_size, slack, Pair{});
     parallel(k_blocks * c_blocks, [&](int64_t task) {
       int64_t k = task / c_blocks * 2, column = task % c_blocks * 2;  // tiles
-      float* sum = sums + task * tap_count * sum_size;
+      float* sum = once ? scratch<float>(Scratch::image, tap_count * sum_size) : sums + task * tap_count * sum_size;
       Tiles configured;
       with_tiles(k + 1 < tiles_of(s.K), column + 1 < tiles_of(depth), [&](auto R, auto V) __attribute__((always_inline)) {
         using Block = Sums<R(), V()>;
