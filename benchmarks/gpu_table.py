@@ -1,7 +1,7 @@
 """Write the tables of docs/gpu.md: `python benchmarks/gpu_table.py`.
 
 docs/data/traffic.json is what `python benchmarks/traffic.py --json` counted and modelled, docs/data/waves.json what
-`python benchmarks/waves.py --json` counted, tests/aot_budget.json what
+`python benchmarks/waves.py --json` counted, tests/aot_budget/3.9.json what
 `python tests/aot.py --write` read in the compiled kernels. The page holds a table between `<!-- NAME -->` and
 `<!-- end -->`.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
 TRAFFIC = ROOT / "docs" / "data" / "traffic.json"
 WAVES = ROOT / "docs" / "data" / "waves.json"
-BUDGET = ROOT / "tests" / "aot_budget.json"
+BUDGET = ROOT / "tests" / "aot_budget" / "3.9.json"
 # Kinds of launches that ATen names one by one.
 KINDS = {
     "convolutions and their gradients": r"convolution|dgrad|wgrad|_convolve_kernel|_weight_gradient_kernel",

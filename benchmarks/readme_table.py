@@ -1,9 +1,9 @@
-"""Write the tables and the picture of README.md and docs/speed.md: `python benchmarks/readme_table.py`.
+"""Write the tables and pictures of README.md and docs/speed*.md: `python benchmarks/readme_table.py`.
 
-benchmarks/results holds what `python -m fastgan.bench --json` (step-*.json, and instruction-set-*.json where
-FASTGAN_CPU was set), `pytest benchmarks/ --rows` (layers-*.json, operations-*.json) and `python
-benchmarks/default_run.py --json` (default-run.json) wrote. A page holds a table between `<!-- NAME -->` and
-`<!-- end -->`.
+Each folder in benchmarks/results is a machine, named after the best of its instructions. It holds what `python -m
+fastgan.bench --json` (step-*.json, and instruction-set-*.json where FASTGAN_CPU was set), `pytest benchmarks/ --rows`
+(layers-*.json, operations-*.json) and `python benchmarks/default_run.py --json` (default-run.json) wrote. A page holds a
+table between `<!-- NAME MACHINE -->` and `<!-- end -->`.
 """
 
 import json
@@ -22,35 +22,43 @@ from fastgan.bench.pairing import Interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURE = RESULTS / "speed.png"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+MACHINES = tuple(sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "speed-avx2.md")
 
 
-def peaks() -> dict[str, float]:
+def picture(machine: str) -> Path:
+    return RESULTS / machine / "speed.png"
+
+
+def documents(machine: str, pattern: str) -> list[dict]:
+    """The files that `python -m fastgan.bench` wrote."""
+    return [results.read(path) for path in sorted((RESULTS / machine).glob(pattern))]
+
+
+def peaks(machine: str) -> dict[str, float]:
     """What every share is of: the best of all sessions, for a machine shared with others shows its peak only now and
     then."""
-    every = (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
+    every = (json.loads(path.read_text()) for path in sorted((RESULTS / machine).glob("*.json")))
     return best_of(*(data["peaks"] for data in every if "peaks" in data))
 
 
-def step_data() -> list[dict]:
-    """The documents of the measured steps."""
-    return [results.read(path) for path in sorted(RESULTS.glob("step-*.json"))]
-
-
-def step_rows() -> list[results.Row]:
+def step_rows(machine: str) -> list[results.Row]:
     """Every measured step, in the order of the cases."""
     order = [case.name for case in CASES]
-    return sorted((row for data in step_data() for row in data["rows"]), key=lambda row: order.index(row["case"]))
+    rows = (row for data in documents(machine, "step-*.json") for row in data["rows"])
+    return sorted(rows, key=lambda row: order.index(row["case"]))
 
 
-def shown_rows() -> list[results.Row]:
-    """What README and picture show. Not 16 bits, which PyTorch emulates where the processor has none: 50 times."""
-    return [row for row in step_rows() if row["precision"] == "fp32"]
+def shown_rows(machine: str) -> list[results.Row]:
+    """What README and picture show. Not 16 bits where the processor has none and PyTorch emulates them: 50 times."""
+    best = peaks(machine)
+    rows = step_rows(machine)
+    return [row for row in rows if best[f"{row['precision']} GFLOP/s"] >= best["fp32 GFLOP/s"]]
 
 
-def pairs(name: str) -> list[dict]:
-    return [row for path in sorted(RESULTS.glob(f"{name}-*.json")) for row in json.loads(path.read_text())["rows"]]
+def pairs(machine: str, name: str) -> list[dict]:
+    paths = sorted((RESULTS / machine).glob(f"{name}-*.json"))
+    return [row for path in paths for row in json.loads(path.read_text())["rows"]]
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -60,7 +68,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def speed() -> str:
+def speed(machine: str) -> str:
     """The steps as the README shows them."""
     heads = ["training step", "stock images/s", "fastgan images/s", "times stock", "times the best other"]
     return table(
@@ -73,14 +81,14 @@ def speed() -> str:
                 f"**{results.times_as_fast(row, 'stock').median:.2f}**",
                 f"{results.times_as_fast(row, results.best_other(row)).median:.2f} ({results.best_other(row)})",
             ]
-            for row in shown_rows()
+            for row in shown_rows(machine)
         ],
     )
 
 
-def steps() -> str:
+def steps(machine: str) -> str:
     """The steps with intervals, and how far from the floor they are."""
-    best = peaks()
+    best = peaks(machine)
     heads = [
         "training step",
         "ms",
@@ -102,14 +110,14 @@ def steps() -> str:
                 f"{100 * results.floor_share(row, best):.0f} %",
                 f"{results.gflops(row):.0f}",
             ]
-            for row in step_rows()
+            for row in step_rows(machine)
         ],
     )
 
 
-def options() -> str:
+def options(machine: str) -> str:
     """Fastgan's options beside fastgan without them."""
-    found = [(row, name) for row in step_rows() for name in row["seconds"] if name.startswith("fastgan ")]
+    found = [(row, name) for row in step_rows(machine) for name in row["seconds"] if name.startswith("fastgan ")]
     return table(
         ["training step", "option", "ms", "times fastgan"],
         [
@@ -128,7 +136,7 @@ def _times(row: results.Row, name: str) -> str:
     return str(results.times_as_fast(row, name)) if name in row["seconds"] else "-"
 
 
-def profile() -> str:
+def profile(machine: str) -> str:
     """The operations of a step that take most of its time."""
     return table(
         ["training step", "operation", "calls", "ms", "share"],
@@ -140,17 +148,17 @@ def profile() -> str:
                 f"{1e3 * taken['seconds']:.1f}",
                 f"{100 * taken['share']:.1f} %",
             ]
-            for row in step_rows()
+            for row in step_rows(machine)
             for taken in row.get("profile", [])
         ],
     )
 
 
-def memory() -> str:
+def memory(machine: str) -> str:
     """Peak memory of a training process, and bytes kept for backward."""
     mib = 2**20
     found = []
-    for row in step_rows():
+    for row in step_rows(machine):
         if "peak_bytes" not in row:
             continue
         peak, kept = row["peak_bytes"], row["kept_bytes"]
@@ -173,13 +181,13 @@ def memory() -> str:
     return table(heads, found)
 
 
-def layer_rows() -> list[dict]:
-    return [row for row in pairs("layers") if row["provider"] == "cpu"]
+def layer_rows(machine: str) -> list[dict]:
+    return [row for row in pairs(machine, "layers") if row["provider"] == "cpu"]
 
 
-def layers() -> str:
+def layers(machine: str) -> str:
     """Each layer and pass on the CPU kernels beside the library, channels-last."""
-    found, best = layer_rows(), peaks()["fp32 GFLOP/s"]
+    found, best = layer_rows(machine), peaks(machine)["fp32 GFLOP/s"]
     heads = ["pass", "layer", "ms", "GFLOP/s", "share of peak", "times the library"]
     return table(
         heads,
@@ -197,10 +205,10 @@ def layers() -> str:
     )
 
 
-def middle_layers() -> str:
+def middle_layers(machine: str) -> str:
     """What the passes of the middle layers take, in units of their definition's multiplications at the peak, and what
     they would with the multiplications of F(2x2, 2x2) at twice the rate."""
-    shares = [row["GFLOP/s"] / peaks()["fp32 GFLOP/s"] for row in layer_rows() if wanted.is_middle(row)]
+    shares = [row["GFLOP/s"] / peaks(machine)["fp32 GFLOP/s"] for row in layer_rows(machine) if wanted.is_middle(row)]
     if not shares:
         return "No data committed yet."
     least, most, other = 1 / max(shares), 1 / min(shares), 9 / 16 / 2
@@ -211,9 +219,9 @@ def middle_layers() -> str:
     )
 
 
-def operations() -> str:
+def operations(machine: str) -> str:
     """Each operation and competitor beside its reference."""
-    best = peaks()["copy GB/s"]
+    best = peaks(machine)["copy GB/s"]
     return table(
         ["operation", "case", "competitor", "ms", "times the reference", "share of copy bandwidth"],
         [
@@ -225,14 +233,14 @@ def operations() -> str:
                 str(Interval(*row["times_reference"])),
                 f"{100 * row['GB/s'] / best:.0f} %" if "GB/s" in row else "-",
             ]
-            for row in pairs("operations")
+            for row in pairs(machine, "operations")
         ],
     )
 
 
-def default_run() -> str:
+def default_run(machine: str) -> str:
     """`python -m fastgan.train` by backend."""
-    data = json.loads((RESULTS / "default-run.json").read_text())
+    data = json.loads((RESULTS / machine / "default-run.json").read_text())
     rates = {row["backend"]: row["images_per_second"] for row in data["rows"]}
     eager = statistics.median(rates["eager"])
     return table(
@@ -244,20 +252,20 @@ def default_run() -> str:
     )
 
 
-def goals() -> str:
+def goals(machine: str) -> str:
     """What a CPU's speed shall be, and what was measured."""
-    best = peaks()
+    best = peaks(machine)
     found = [
-        *wanted.of_steps(step_rows()),
-        *wanted.of_layers(layer_rows(), best),
-        *wanted.of_operations(pairs("operations"), best),
+        *wanted.of_steps(step_rows(machine)),
+        *wanted.of_layers(layer_rows(machine), best),
+        *wanted.of_operations(pairs(machine, "operations"), best),
     ]
     return table(["what", "goal", "measured", "at the peak", "reached"], [goal.line() for goal in found])
 
 
-def instruction_sets() -> str:
+def instruction_sets(machine: str) -> str:
     """The step with the instruction set forced that the kernels may use at most."""
-    found = [results.read(path) for path in sorted(RESULTS.glob("instruction-set-*.json"))]
+    found = documents(machine, "instruction-set-*.json")
     return table(
         ["`FASTGAN_CPU`", "training step", "stock ms", "fastgan ms", "times stock", "times tuned"],
         [
@@ -273,11 +281,15 @@ def instruction_sets() -> str:
     )
 
 
-def measured_on() -> str:
+def name_of(machine: str) -> str:
+    return documents(machine, "step-*.json")[0]["environment"]["machine"]
+
+
+def measured_on(machine: str) -> str:
     """Machine, versions and commits of the steps."""
-    found = step_data()
+    found = documents(machine, "step-*.json")
     env = found[0]["environment"]
-    rates = ", ".join(f"{rate:.0f} {name}" for name, rate in peaks().items())
+    rates = ", ".join(f"{rate:.0f} {name}" for name, rate in peaks(machine).items())
     commits = ", ".join(sorted({data["environment"]["commit"] for data in found}))
     return (
         f"Measured on {env['machine']} ({env['capability']}; measured peaks: {rates}) with PyTorch "
@@ -285,9 +297,9 @@ def measured_on() -> str:
     )
 
 
-def commands() -> str:
+def commands(machine: str) -> str:
     """What wrote the data."""
-    every = [json.loads(path.read_text())["environment"] for path in sorted(RESULTS.glob("*.json"))]
+    every = [json.loads(path.read_text())["environment"] for path in sorted((RESULTS / machine).glob("*.json"))]
     return "\n".join(f"- `{env['command']}` at {env['commit']}" for env in every)
 
 
@@ -315,15 +327,16 @@ def written(text: str) -> str:
     """A page with every table in its place."""
 
     def fill(match: re.Match) -> str:
-        return f"<!-- {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
+        return f"<!-- {match[1]} {match[2]} -->\n\n{TABLES[match[1]](match[2])}\n\n<!-- end -->"
 
-    return re.sub(rf"<!-- ({'|'.join(TABLES)}) -->.*?<!-- end -->", fill, text, flags=re.S)
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}) ({'|'.join(MACHINES)}) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
 def main() -> None:
     for page in PAGES:
         page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
-    plot.draw(shown_rows(), step_data()[0]["environment"]["machine"], PICTURE)
+    for machine in MACHINES:
+        plot.draw(shown_rows(machine), name_of(machine), picture(machine))
 
 
 if __name__ == "__main__":

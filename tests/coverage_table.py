@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import aot_facts
+
 from fastgan.backends import BACKENDS
 
 HERE = Path(__file__).parent
@@ -37,7 +39,7 @@ LAYERS = """
 
 * **interpreter**: the kernel's numbers, in Triton's interpreter as mended by `tests/interpreter.py`, within the
   tolerance rule of the fp64 definition.
-* **ahead of time**: it compiles for sm_80, sm_90 and sm_100 without spills, within `tests/aot_budget.json`.
+* **ahead of time**: it compiles for sm_80, sm_90 and sm_100 without spills, within `tests/aot_budget`.
 * **fake CUDA**: the host's part of it runs on fake CUDA tensors: shapes, layouts, devices, launches, no
   synchronisation.
 
@@ -65,7 +67,7 @@ def rows() -> list[str]:
     import test_traces
     import torch
 
-    compiled = {name.partition(" ")[2] for name in json.loads((HERE / "aot_budget.json").read_text())}
+    compiled = {name.partition(" ")[2] for name in json.loads(aot_facts.NEWEST.read_text())}
     traced = _parameters(test_traces.test_bn_act_on_fake_cuda)
     memory = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -8,7 +8,8 @@ import sys
 import aot_facts
 import pytest
 
-BUDGET = json.loads(aot_facts.BUDGET.read_text())
+RECORDED = aot_facts.BUDGET.exists()
+BUDGET = json.loads((aot_facts.BUDGET if RECORDED else aot_facts.NEWEST).read_text())
 
 
 def printed_by(script):
@@ -52,6 +53,9 @@ def test_the_budget_names_exactly_what_is_compiled(found):
     assert sorted(found) == sorted(BUDGET)
 
 
+@pytest.mark.skipif(
+    not RECORDED, reason=f"no budget is committed for Triton {aot_facts.TRITON}: python tests/aot.py --write"
+)
 @pytest.mark.parametrize("name", BUDGET)
 def test_kernel_stays_within_its_budget(found, name):
     assert aot_facts.excess(found[name], BUDGET[name]) == []

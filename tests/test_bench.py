@@ -289,12 +289,14 @@ class TestShownTables:
         assert readme_table.written(text) == text, "run python benchmarks/readme_table.py"
         assert "<!-- end -->" in text
 
-    def test_picture_is_drawn_from_the_committed_data(self):
-        assert plot.drawn_from(readme_table.PICTURE) == plot.digest(readme_table.shown_rows())
+    @pytest.mark.parametrize("machine", readme_table.MACHINES)
+    def test_picture_is_drawn_from_the_committed_data(self, machine):
+        assert plot.drawn_from(readme_table.picture(machine)) == plot.digest(readme_table.shown_rows(machine))
 
-    def test_an_altered_number_shows(self):
+    @pytest.mark.parametrize("machine", readme_table.MACHINES)
+    def test_an_altered_number_shows(self, machine):
         text = readme_table.PAGES[0].read_text(encoding="utf-8")
-        speed = readme_table.speed()
+        speed = readme_table.speed(machine)
         assert speed in text
         number = re.search(r"\*\*([\d.]+)\*\*", speed)[1]
         assert readme_table.written(text.replace(f"**{number}**", "**9.99**")) == text
@@ -333,24 +335,24 @@ class TestShownTables:
         assert goal.line()[-1] == "**no**"
         assert goal.limit == pytest.approx(1.7 * 145 / 85)
 
-    def test_every_share_is_of_the_peaks_in_the_header(self):
-        header = readme_table.measured_on()
-        for name, shown, rate in (("fp32 GFLOP/s", readme_table.layers(), 3), ("copy GB/s", "", 0)):
+    @pytest.mark.parametrize("machine", readme_table.MACHINES)
+    def test_every_share_is_of_the_peaks_in_the_header(self, machine):
+        header, peaks = readme_table.measured_on(machine), readme_table.peaks(machine)
+        for name, shown, rate in (("fp32 GFLOP/s", readme_table.layers(machine), 3), ("copy GB/s", "", 0)):
             peak = float(re.search(rf"(\d+) {name}", header)[1])
-            assert peak == round(readme_table.peaks()[name])
+            assert peak == round(peaks[name])
             for line in shown.splitlines()[2:]:
                 cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
                 assert int(cells[rate + 1].split()[0]) == pytest.approx(100 * float(cells[rate]) / peak, abs=1)
         moved = [
-            100 * row["GB/s"] / readme_table.peaks()["copy GB/s"]
-            for row in readme_table.pairs("operations")
-            if "GB/s" in row
+            100 * row["GB/s"] / peaks["copy GB/s"] for row in readme_table.pairs(machine, "operations") if "GB/s" in row
         ]
-        shares = [line.split(" | ")[-1].strip(" |") for line in readme_table.operations().splitlines()[2:]]
+        shares = [line.split(" | ")[-1].strip(" |") for line in readme_table.operations(machine).splitlines()[2:]]
         assert [share for share in shares if share != "-"] == [f"{one:.0f} %" for one in moved]
 
-    def test_every_committed_row_is_a_case(self):
-        assert {row["case"] for row in readme_table.step_rows()} <= {case.name for case in CASES}
+    @pytest.mark.parametrize("machine", readme_table.MACHINES)
+    def test_every_committed_row_is_a_case(self, machine):
+        assert {row["case"] for row in readme_table.step_rows(machine)} <= {case.name for case in CASES}
 
 
 class TestMeasuredOnCpu:
