@@ -2,8 +2,8 @@
 
 Each folder in benchmarks/results is a machine, named after the best of its instructions. It holds what `python -m
 fastgan.bench --json` (step-*.json, and instruction-set-*.json where FASTGAN_CPU was set), `pytest benchmarks/ --rows`
-(layers-*.json, operations-*.json) and `python benchmarks/default_run.py --json` (default-run.json) wrote. A page holds a
-table between `<!-- NAME MACHINE -->` and `<!-- end -->`.
+(layers-*.json, operations-*.json) and `python benchmarks/default_run.py --json` (default-run.json) wrote. A page holds
+a table between `<!-- NAME MACHINE -->` and `<!-- end -->`.
 """
 
 import json

@@ -17,11 +17,10 @@ AT_LEAST = (
 
 
 def excess(found: dict[str, int], budget: dict[str, int]) -> list[str]:
-    """What is above its budget, or, of what is wanted, below it. A stack is a spill: none is allowed."""
-    limits = {**budget, "stack": 0}
+    """What is above its budget, or, of what is wanted, below it. A stack is a spill."""
     return [
         f"{key} {found[key]}, budget {limit}"
-        for key, limit in limits.items()
+        for key, limit in budget.items()
         if (found[key] < limit if key in AT_LEAST else found[key] > limit)
     ]
 

@@ -68,8 +68,9 @@ def check_internals(module=inside) -> None:
         known = expected if isinstance(expected, tuple) else (expected,)
         if names not in known:
             raise RuntimeError(
-                f"tests/interpreter.py mends the interpreter of Triton 3.8 and 3.9, this is {triton.__version__}: {path}"
-                f" takes ({names}), expected ({') or ('.join(known)}). Port the mend and run tests/test_interpreter.py."
+                f"tests/interpreter.py mends the interpreter of Triton 3.8 and 3.9, this is {triton.__version__}: "
+                f"{path} takes ({names}), expected ({') or ('.join(known)}). "
+                "Port the mend and run tests/test_interpreter.py."
             )
 
 

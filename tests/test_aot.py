@@ -61,6 +61,14 @@ def test_kernel_stays_within_its_budget(found, name):
     assert aot_facts.excess(found[name], BUDGET[name]) == []
 
 
+@pytest.mark.parametrize("path", sorted(aot_facts.BUDGETS.glob("*.json")), ids=lambda path: path.stem)
+def test_budgets_allow_no_spills(path):
+    """But for 8 bytes of two kernels that Triton 3.8 spills."""
+    spilled = {name: facts["stack"] for name, facts in json.loads(path.read_text()).items() if facts["stack"]}
+    old = {"sm_100 conv_dgrad bf16": 8, "sm_80 conv_fwd fp32": 8}
+    assert spilled == (old if path.stem == "3.8" else {})
+
+
 def test_the_layouts_that_allow_it_are_read_and_written_16_bytes_at_a_time(found):
     for name, facts in found.items():
         if "channels-last" in name or "contiguous" in name:
