@@ -16,7 +16,6 @@ import goals as wanted
 
 from fastgan.bench import plot, results
 from fastgan.bench.cases import CASES
-from fastgan.bench.floor import WINOGRAD
 from fastgan.bench.machine import best_of
 from fastgan.bench.pairing import Interval
 
@@ -205,20 +204,6 @@ def layers(machine: str) -> str:
     )
 
 
-def middle_layers(machine: str) -> str:
-    """What the passes of the middle layers take, in units of their definition's multiplications at the peak, and what
-    they would with the multiplications of F(2x2, 2x2) at twice the rate."""
-    shares = [row["GFLOP/s"] / peaks(machine)["fp32 GFLOP/s"] for row in layer_rows(machine) if wanted.is_middle(row)]
-    if not shares:
-        return "No data committed yet."
-    least, most, other = 1 / max(shares), 1 / min(shares), 9 / 16 / 2
-    return (
-        f"The middle layers take {least:.2f} to {most:.2f} ({min(shares):.2f} to {max(shares):.2f} times the peak), "
-        f"and so {least - WINOGRAD:.2f} to {most - WINOGRAD:.2f} beside their multiplications. With as much beside its "
-        f"{other:.2f}, F(2x2, 2x2) would take {least - WINOGRAD + other:.2f} to {most - WINOGRAD + other:.2f}."
-    )
-
-
 def operations(machine: str) -> str:
     """Each operation and competitor beside its reference."""
     best = peaks(machine)["copy GB/s"]
@@ -313,7 +298,6 @@ TABLES = {
         profile,
         memory,
         layers,
-        middle_layers,
         operations,
         default_run,
         instruction_sets,

@@ -11,7 +11,7 @@ import pytest
 from fastgan import build
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1"
-TESTS = ["test_adam_ema.py", "test_bn_act_cpu.py", "test_cpu_convolution.py"]
+TESTS = ["test_adam_ema.py", "test_bn_act_cpu.py", "test_cpu_convolution.py", "test_cpu_convolution_bf16.py"]
 BUILD = "import conftest; from fastgan import library; library.build_just_in_time('cpu', 'it is sanitised')"
 # A tail of a few elements, read and written as a whole register.
 PLANTED = "adam_ema.isa.cpp", "update(of, i, end - i, factors);", "update(of, i, lanes<T>, factors);"
