@@ -189,6 +189,7 @@ struct Winograd {
       int64_t half = i / lanes<T> % panel<T>, column = i / lanes<T> / panel<T> * lanes<T>;
       FilterBlock<T> block;
       for (int j = 0; j < lanes<T>; j++) {
+        prefetch_taps(weight, kp * panel<T> + half + j, group * panel<T> + column);
         for (int phase = 0; phase < phases; phase++) {
           Vec<T> u[3][5], w[2][2];
           FASTGAN_UNROLL for (int p = 0; p < points; p++) {
