@@ -143,8 +143,8 @@ struct Winograd {
           FilterBlock<T> block;
           load_block(weight, kp * panel<T> + half, (from + d) / phases + column, block);
           int64_t next = half ? kp * panel<T> : kp * panel<T> + lanes<T>, next_column = (from + d) / phases + column + (half ? lanes<T> : 0);
-          for (int l = 0; l < lanes<T>; l++) prefetch_taps(weight, next + l, next_column);
           for (int j = 0; j < lanes<T>; j++) {
+            prefetch_taps(weight, next + j, next_column);
             FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
               transform_taps(block[j], phase, out + (d + phase * panel<T> + column + j) * panel<T> + half, point);
             }
