@@ -140,8 +140,8 @@ struct Winograd {
           FilterBlock<T> block;
           load_block(weight, kp * panel<T> + half, (from + d) / phases + column, block);
           int64_t next = half ? kp * panel<T> : kp * panel<T> + lanes<T>, next_column = (from + d) / phases + column + (half ? lanes<T> : 0);
-          for (int l = 0; l < lanes<T>; l++) prefetch_taps(weight, next + l, next_column);
           for (int j = 0; j < lanes<T>; j++) {
+            prefetch_taps(weight, next + j, next_column);
             FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
               transform_taps(block[j], phase, out + (d + phase * panel<T> + column + j) * panel<T> + half, point);
             }
@@ -186,6 +186,7 @@ struct Winograd {
       int64_t half = i / lanes<T> % panel<T>, column = i / lanes<T> / panel<T> * lanes<T>;
       FilterBlock<T> block;
       for (int j = 0; j < lanes<T>; j++) {
+        prefetch_taps(weight, kp * panel<T> + half + j, group * panel<T> + column);
         for (int phase = 0; phase < phases; phase++) {
           Vec<T> u[3][5], w[2][2];
           FASTGAN_UNROLL for (int p = 0; p < points; p++) {

@@ -88,14 +88,14 @@ FASTGAN_INLINE void load_taps(const Filters<const T>& w, int64_t k, int64_t c, V
   for (int t = 0; t < taps; t++) tap[t] = load(lane[t]);
 }
 
-// Asks memory for what load_taps will read: a register's filters are a few lines of memory far from the next ones, which no
-// processor foresees.
+// Asks memory for what load_taps reads, or store_block writes of row k: a few lines far from the next ones, which no processor
+// foresees.
 template <class T>
-FASTGAN_INLINE void prefetch_taps(const Filters<const T>& w, int64_t k, int64_t c) {
+FASTGAN_INLINE void prefetch_taps(const Filters<T>& w, int64_t k, int64_t c) {
   if (w.channels_last) {
     for (int t = 0; t < taps; t++) __builtin_prefetch(w.at(k, c, t));
   } else {
-    for (int i = 0; i < lanes<T>; i++) __builtin_prefetch(w.at(k, c + i, 0));
+    for (int i = 0; i < lanes<std::remove_const_t<T>>; i++) __builtin_prefetch(w.at(k, c + i, 0));
   }
 }
 
