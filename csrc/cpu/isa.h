@@ -3,8 +3,7 @@
 // namespace or that one: an inline function that several sets share would be linked once, for whichever set came first.
 //
 // Convolutions have a copy for AVX-512, with registers of 64 bytes: the same algorithms, twice the products per
-// instruction. That it is right was shown in an emulator (tests/test_convolution_alone.py); its speed was measured nowhere,
-// and FASTGAN_CPU=avx2 takes it away. Everything else waits for memory, where wider registers gain nothing.
+// instruction; FASTGAN_CPU=avx2 takes it away. Everything else waits for memory, where wider registers gain nothing.
 #pragma once
 
 namespace fastgan::cpu {
