@@ -39,7 +39,7 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
     int64_t o = task / cuts * width, last = std::min(o + width, out_panels), first = task % cuts * share;
     int64_t count = std::min(share, rows - first), point_stride = (width * chunk + 1) * panel<T>;
     T* u = scratch<T>(Scratch::weight, points * point_stride);
-    Ahead nothing;
+    Nothing nothing;
     for (int64_t from = 0; from < depth; from += chunk) {
       int64_t deep = std::min(chunk, depth - from);
       weight_of(o, last, from, deep, u, point_stride);
@@ -47,8 +47,8 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
         const T* a = operand + ((point * in_panels * stride) + from / panel<T> * stride + first) * panel<T>;
         T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
         for (int64_t row = 0; row < count; row += rows_at_once) {
-          multiply_panels(a + row * panel<T>, stride * panel<T>, u + point * point_stride, deep * panel<T>, deep, run,
-                          c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0, nothing);
+          multiply_panels<T, false>(a + row * panel<T>, stride * panel<T>, u + point * point_stride, deep * panel<T>, deep, run,
+                                    c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0, nothing);
         }
       }
     }
@@ -128,8 +128,9 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
       ahead.add(output.sink.out + first * to.size(), count * to.size());
       ahead.spread(Scheme::points * tile_runs(to.panels, rows, depth, run));
       for (int p = 0; p < Scheme::points; p++) {
-        multiply_panels(v + p * from.panels * stride * panel<T>, stride * panel<T>, u + p * point, depth * panel<T>, depth, run,
-                        m + p * to.panels * stride * panel<T>, stride * panel<T>, to.panels, rows, false, ahead);
+        multiply_panels<T, vector_bytes == 64>(v + p * from.panels * stride * panel<T>, stride * panel<T>, u + p * point, depth * panel<T>,
+                                               depth, run, m + p * to.panels * stride * panel<T>, stride * panel<T>, to.panels, rows, false,
+                                               ahead);
       }
       for (int64_t i = 0; i < count; i++) write(first + i, m + i * tiles * panel<T>, stride);
     });

@@ -6,6 +6,7 @@
 // into one cache set). Columns are padded to a whole panel with zeros.
 #pragma once
 #include <algorithm>
+#include <cstddef>
 #include <type_traits>
 
 #include "cpu/vec.h"
@@ -53,16 +54,17 @@ struct TransposedStrides {
 };
 
 // One run of one register tile: c[R][V registers] (+)= sum over k < depth of a(row, k) * b[k][V]; rows of b and c are b_k
-// and c_row apart.
-template <class T, int R, int V = 2, class At>
+// and c_row apart. Meanwhile memory brings a register of `next` for each k, where there is any.
+template <class T, int R, int V = 2, class At, class Next = std::nullptr_t>
 FASTGAN_INLINE void micro_run(const T* a, const At& at, const T* b, int64_t b_k, int64_t depth, T* c, int64_t c_row,
-                              bool accumulate) {
+                              bool accumulate, Next next = nullptr) {
   Vec<T> sum[R][V] = {};
   for (int64_t outer = 0; outer < depth; outer += at.segment, a += at.jump) {
     int64_t count = std::min<int64_t>(at.segment, depth - outer);
     const T* ak = a;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; k++, ak += at.k, b += b_k) {
+      if constexpr (!std::is_null_pointer_v<Next>) __builtin_prefetch(next), next += lanes<T>;
       Vec<T> bk[V];
       FASTGAN_UNROLL for (int v = 0; v < V; v++) bk[v] = load(b + v * lanes<T>);
       FASTGAN_UNROLL for (int r = 0; r < R; r++) {
@@ -118,8 +120,9 @@ struct Nothing {
 
 // c (+)= A b for `columns` panels, of V registers: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart,
 // rows of c c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A run of A serves all columns
-// and a run of a panel of b all rows from the first-level cache. `between` is called before each tile's run.
-template <class T, int V, class At, class Between = Nothing>
+// and a run of a panel of b all rows from the first-level cache. `between` is called before each tile's run. Of b that is `far`,
+// beyond the second-level cache, the next run is asked for while the first tiles of this one are multiplied.
+template <class T, int V, bool far = false, class At, class Between = Nothing>
 FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t b_stride, int64_t depth, int64_t run, T* c,
                                   int64_t c_row, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate,
                                   Between&& between = {}) {
@@ -129,12 +132,20 @@ FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t 
   int64_t a_run = run / at.segment * at.jump;
   for (int64_t k = 0; k < depth; k += run, a += a_run, b += run * V * lanes<T>, accumulate = true) {
     for (int64_t j = 0; j < columns; j++) {
+      const T *panel_of_b = b + j * b_stride, *next = j + 1 < columns ? panel_of_b + b_stride : b + run * V * lanes<T>;
+      int64_t deep = std::min(run, depth - k);
       for (int64_t i = 0, row = 0, count; i < shares; i++, row += count) {
         count = share + (i < larger);
         between();
         with_rows<most>(count, [&](auto R) __attribute__((always_inline)) {
-          micro_run<T, R(), V>(a + row * at.row, at, b + j * b_stride, V * lanes<T>, std::min(run, depth - k), c + row * c_row + j * c_stride,
-                               c_row, accumulate);
+          const T* from = a + row * at.row;
+          T* to = c + row * c_row + j * c_stride;
+          if constexpr (far) {
+            const T* share_of_next = i < V ? next + i * deep * lanes<T> : panel_of_b;
+            micro_run<T, R(), V>(from, at, panel_of_b, V * lanes<T>, deep, to, c_row, accumulate, share_of_next);
+          } else {
+            micro_run<T, R(), V>(from, at, panel_of_b, V * lanes<T>, deep, to, c_row, accumulate);
+          }
         });
       }
     }
@@ -147,10 +158,10 @@ inline int64_t tile_runs(int64_t columns, int64_t rows, int64_t depth, int64_t r
 
 // The same of A in panel layout, its panels `a_stride` apart. One copy for all callers: inlined, its tiles were a quarter of
 // what these files take to compile.
-template <class T>
+template <class T, bool far, class Between>
 __attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t depth, int64_t run,
-                                               T* c, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate, Ahead& ahead) {
-  multiply_rows<T, 2>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate, ahead);
+                                               T* c, int64_t c_stride, int64_t columns, int64_t rows, bool accumulate, Between& between) {
+  multiply_rows<T, 2, far>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate, between);
 }
 
 // c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each.
