@@ -311,9 +311,11 @@ def written(text: str) -> str:
     """A page with every table in its place."""
 
     def fill(match: re.Match) -> str:
+        if match[2] not in MACHINES:
+            raise ValueError(f"<!-- {match[1]} {match[2]} -->: no folder of that name is in {RESULTS}")
         return f"<!-- {match[1]} {match[2]} -->\n\n{TABLES[match[1]](match[2])}\n\n<!-- end -->"
 
-    return re.sub(rf"<!-- ({'|'.join(TABLES)}) ({'|'.join(MACHINES)}) -->.*?<!-- end -->", fill, text, flags=re.S)
+    return re.sub(rf"<!-- ({'|'.join(TABLES)}) (\w+) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
 def main() -> None:

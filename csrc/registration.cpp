@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(fastgan_cpu, m) {
   m.def("instruction_set() -> str");
   m.def("convolve(Tensor input, Tensor? second, Tensor? constants, float slope, Tensor weight, bool to_large, "
         "int height, int width, int statistics, Tensor? output_y, Tensor? output_constants, float output_slope, "
-        "int scheme) -> (Tensor, Tensor)");
+        "int scheme, bool passing=False) -> (Tensor, Tensor)");
   m.def("weight_gradient(Tensor large, Tensor? large_second, Tensor? large_constants, float large_slope, Tensor small, "
         "Tensor? small_second, Tensor? small_constants, float small_slope, bool channels_last, int scheme) -> Tensor");
   m.def("gan_bce(Tensor? real, Tensor? fake, float real_target, float fake_target) -> (Tensor, Tensor, Tensor)");

@@ -135,7 +135,7 @@ def _unit(source: Path, command: tuple[str, ...], tag: str = "") -> Unit:
 
 def _cpu(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
     torch = find_torch()
-    sets = [s for s in INSTRUCTION_SETS if _supports(cxx, INSTRUCTION_SETS[s])]
+    sets = [s for s in INSTRUCTION_SETS if _supports(cxx, s)]
     flags = (*_cxx_flags(), *torch.flags("cpu"), *(f"-DFASTGAN_HAS_{s.upper()}" for s in sets))
     command = (*cxx, "-O3", *flags)
     files = sorted((CSRC / "cpu").glob("*.cpp"))
@@ -185,14 +185,27 @@ def _simt(cxx: tuple[str, ...], metadata: dict[str, str]) -> BuildParameters:
     return BuildParameters("simt", tuple(units), _link(cxx), (), metadata | {"python": sys.version.split()[0]})
 
 
+# What a compiler must know of a set beside its flags: clang took AMX's before it could ask a processor for it.
+_TRIALS = {
+    "amx": """
+#include <immintrin.h>
+int main() {
+  _tile_dpbf16ps(0, 1, 2);
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+}
+"""
+}
+
+
 @functools.cache
-def _supports(cxx: tuple[str, ...], flags: tuple[str, ...]) -> bool:
-    if not flags:
+def _supports(cxx: tuple[str, ...], name: str) -> bool:
+    if name == "plain":
         return True
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    trial = subprocess.run([*cxx, *flags, "-E", "-x", "c++", os.devnull], capture_output=True, check=False)
-    return trial.returncode == 0
+    command = [*cxx, *INSTRUCTION_SETS[name], "-c", "-x", "c++", "-", "-o", os.devnull]
+    source = _TRIALS.get(name, "int main() {}")
+    return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
 
 
 def source_digest(library: str) -> str:

@@ -233,7 +233,7 @@ def test_hooks_parametrisations_and_subclasses_run_as_they_are():
 def test_where_the_kernels_do_not_apply():
     image = torch.randn(2, 3, 8, 8)
     assert why_unfused(image) is None
-    assert "float16" in why_unfused(image.half())
+    assert "the input is torch.bfloat16" in why_unfused(image.bfloat16())
     assert "'eager' has no fused stack" in why_unfused(image.to("meta"))
     with torch.autocast("cpu", torch.float16):
         assert "autocast" in why_unfused(image)
@@ -272,6 +272,73 @@ def test_autocast_to_bfloat16_is_as_right_as_eager(network, dtype, products, mon
             assert_as_right_as_torch(*triple, f"tensor {index}")
 
 
+@pytest.fixture
+def in_bf16(monkeypatch):
+    with_products_in(torch.bfloat16, monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
+def test_gradients_of_both_orders_in_bf16(penalty, training, in_bf16):
+    """A gradient of the gradient goes through the definition, whose sums, too, are of bf16 numbers."""
+    draws = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        made, input = Discriminator(16, 3, 16).train(training), torch.randn(6, 3, 16, 16)
+        with torch.autocast("cpu", enabled=False):
+            truth = outcome(copy.deepcopy(made).double(), input.double(), "eager", penalty)
+        reset_counts()
+        draws.append((outcome(made, input, "cpu", penalty), outcome(made, input, "eager", penalty), truth))
+        assert counts()["cpu", "convolve"] > 0
+    assert_pooled_as_right_as_torch(draws)
+
+
+def test_recomputing_the_first_block_changes_no_bit_in_bf16(in_bf16):
+    stack, input = ConvStack(*small_networks()["down"]), network_input("down", torch.float32)
+    kept = outcome(stack, input, "cpu")
+    stack.recompute_first = True
+    for one, two in zip(kept, outcome(stack, input, "cpu"), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_two_batches_at_once_are_two_passes_in_bf16(in_bf16):
+    """Bit for bit but for a weight's gradient, whose sum over both is one."""
+    stack, input = ConvStack(*modules(3, 16, 33)), torch.randn(6, 3, 16, 16)
+    got, expected = (outcome(made(stack), input, "cpu") for made in (AsBatches, TwoPasses))
+    assert torch.equal(got[0], expected[0])
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=2e-2 * two.abs().max().item())
+
+
+def test_batch_norm_in_another_dtype_is_the_librarys(in_bf16):
+    stack = ConvStack(*modules(3, 8))
+    stack[1].to(torch.bfloat16)
+    (layer, *_) = explain(stack, torch.randn(2, 3, 8, 8))
+    assert "BatchNorm's weight is torch.bfloat16, the kernels take torch.float32" in str(layer)
+
+
+def test_what_blocks_pass_on_is_not_what_anyone_keeps():
+    """The memory of gradients between blocks is used again: neither gradients that are returned nor those of another
+    network's backward pass may lie in it."""
+    torch.manual_seed(9)
+    stacks = [ConvStack(*modules(3, 16, 24, 40)) for _ in range(2)]
+    inputs = [torch.randn(4, 3, 32, 32, requires_grad=True) for _ in stacks]
+    first = [
+        torch.autograd.grad(stack(x).square().sum(), (x, *stack.parameters()))
+        for stack, x in zip(stacks, inputs, strict=True)
+    ]
+    copies = [[g.clone() for g in gradients] for gradients in first]
+    outputs = [stack(x).square().sum() for stack, x in zip(stacks, inputs, strict=True)]
+    for output in reversed(outputs):
+        output.backward()
+    for gradients, copied, stack, x in zip(first, copies, stacks, inputs, strict=True):
+        for g, before, tensor in zip(gradients, copied, (x, *stack.parameters()), strict=True):
+            assert torch.equal(g, before)
+            assert torch.equal(g, tensor.grad)
+
+
 def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     with_products_in(torch.float32, monkeypatch)
@@ -283,14 +350,12 @@ def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
     ("dtype", "backend", "reason"),
     [
         (torch.float64, None, "float64 takes the kernels only where backend 'cpu' is asked for"),
-        (torch.float16, None, "the kernels do not compute in torch.float16 here"),
-        (torch.bfloat16, "cpu", "the weight is torch.bfloat16, the kernels take torch.float32"),
+        (torch.bfloat16, "cpu", "the kernels take float32 and, under autocast, bfloat16, the input is torch.bfloat16"),
         (torch.bfloat16, "eager", None),
     ],
 )
-def test_explain_tells_why_blocks_are_in_no_unit(dtype, backend, reason, monkeypatch):
+def test_explain_tells_why_blocks_are_in_no_unit(dtype, backend, reason):
     """Of convolutions and what follows them apart: an activation may take a kernel where a convolution does not."""
-    monkeypatch.setattr(stack_cpu, "lower_dtype", lambda: torch.bfloat16)
     layers = explain(Discriminator(16, 3, 8).to(dtype), torch.randn(2, 3, 16, 16, dtype=dtype), backend)
     by = {}
     for layer in layers:

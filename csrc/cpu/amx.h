@@ -13,18 +13,25 @@ namespace {
 constexpr int64_t tile_rows = 16, tile_columns = 16, tile_depth = 32;
 constexpr int64_t tile_weights = tile_depth * tile_columns;  // of a tile of B
 
-// A thread's tiles, all of full size: the library may have set other ones, and finds none set after it.
+struct TileConfiguration {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfiguration) == 64);
+alignas(64) constexpr TileConfiguration all_tiles;
+
+// A thread's tiles, all of full size: the library may have set other ones, and finds none set after it. Compilers do not know
+// that loads of tiles read memory: what was written before stands there from here on.
 struct Tiles {
   Tiles() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } configuration;
-    static_assert(sizeof configuration == 64);
-    _tile_loadconfig(&configuration);
+    asm volatile("" ::: "memory");
+    _tile_loadconfig(&all_tiles);
   }
-  ~Tiles() { _tile_release(); }
+  ~Tiles() {
+    _tile_release();
+    asm volatile("" ::: "memory");
+  }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };

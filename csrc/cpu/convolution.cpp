@@ -1,8 +1,10 @@
+#define FASTGAN_ISA plain
 #include "cpu/convolution.h"
 
 #include <algorithm>
 
 #include "cpu/operators.h"
+#include "cpu/scratch.h"
 #include "cpu/tensors.h"
 
 namespace fastgan::cpu {
@@ -36,6 +38,7 @@ OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b
 void run(const Convolution& c, ScalarType dtype) {
   if (c.N == 0) return;
   if (dtype == ScalarType::BFloat16) {
+    STD_TORCH_CHECK(c.scheme == scheme_automatic, "convolution: in bfloat16 scheme must be 0, got ", c.scheme);
     FASTGAN_IF_AMX(if (isa() == Isa::amx) return amx::run_convolution_bf16(c);)
     STD_TORCH_CHECK(false, "fastgan's convolutions in bfloat16 need AMX, which this processor, build or FASTGAN_CPU lacks; use PyTorch's");
   }
@@ -43,6 +46,16 @@ void run(const Convolution& c, ScalarType dtype) {
   FASTGAN_IF_AVX512(if (isa() >= Isa::avx512 && !fp64) return avx512::run_convolution(c);)
   FASTGAN_IF_AVX2(if (isa() != Isa::plain) return fp64 ? avx2::run_convolution_fp64(c) : avx2::run_convolution(c);)
   STD_TORCH_CHECK(false, "fastgan's convolutions need AVX2, which this processor, build or FASTGAN_CPU lacks; use PyTorch's");
+}
+
+// A result that lasts until the next but one of this thread: what each block of a backward pass hands to the one before it. Fresh
+// memory for it would cost a page fault per 4 KB.
+Tensor make_passing(const Shape& shape, ScalarType dtype, const Tensor& input) {
+  using plain::Scratch, plain::scratch;
+  int64_t size = (shape[0] * shape[1] * shape[2] * shape[3] + 1) * 8;
+  char* memory = scratch<char>(Scratch::even, size);
+  if (memory == input.const_data_ptr()) memory = scratch<char>(Scratch::odd, size);
+  return make_view(memory, shape, channels_last_strides(shape), dtype);
 }
 
 void check_channels(const char* op, int64_t large, int64_t small) {
@@ -63,7 +76,7 @@ void check_sides(const char* op, int64_t large, int64_t small) {
 std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, std::optional<Tensor> constants, double slope,
                                     Tensor weight, bool to_large, int64_t height, int64_t width, int64_t statistics,
                                     std::optional<Tensor> output_y, std::optional<Tensor> output_constants,
-                                    double output_slope, int64_t scheme) {
+                                    double output_slope, int64_t scheme, bool passing) {
   const char* op = "convolve";
   STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4, op, ": input and weight must have 4 dimensions");
   check_channels(op, weight.size(1), weight.size(0));
@@ -78,7 +91,8 @@ std::tuple<Tensor, Tensor> convolve(Tensor input, std::optional<Tensor> second, 
   check_sides(op, to_large ? width : input.size(3), to_large ? input.size(3) : width);
   STD_TORCH_CHECK(!output_y == !output_constants, op, ": output_y and output_constants come together");
   STD_TORCH_CHECK(!(statistics && output_y), op, ": statistics and output_y exclude each other");
-  Tensor out = make_channels_last({N, to, height, width}, dtype);
+  Shape shape{N, to, height, width};
+  Tensor out = passing ? make_passing(shape, dtype, input) : make_channels_last(shape, dtype);
   STD_TORCH_CHECK(statistics >= 0 && (statistics == 0 || N % statistics == 0), op, ": statistics are of equal parts of the batch, got ",
                   statistics, " parts of ", N, " images");
   int64_t sets = output_y ? sets_of(op, "output_constants", *output_constants, N, to, stat_type(input)) : statistics;

@@ -1,5 +1,5 @@
 // A 4x4 stride-2 padding-1 convolution between a large side [N, LH, LW, C] and a small side [N, H, W, K], as plain
-// pointers: what convolution.cpp checks and convolution.isa.cpp computes. Weight [K, C, 4, 4], contiguous or channels-last.
+// pointers: what convolution.cpp checks and convolution.isa.cpp or, in bf16, convolution_bf16.isa.cpp computes. Weight [K, C, 4, 4], contiguous or channels-last.
 #pragma once
 #include <cstdint>
 

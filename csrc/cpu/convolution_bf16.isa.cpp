@@ -1,6 +1,7 @@
 // The convolutions in bf16, by their definition, on AMX: 16 times as many products a second as AVX-512's in fp32, so that what
 // is left of the time is making operands and finishing results. Each thread takes some images through all of that in its
-// second-level cache; only a weight's gradient, which is a sum over all images, is made by all threads together.
+// second-level cache, so that no more threads work than there are groups of images; only a weight's gradient, which is a sum
+// over all images, is made by all threads together.
 #if defined(__AMX_BF16__)
 #include <utility>
 #include <vector>
@@ -39,7 +40,7 @@ struct Product {
   // `count` operands in `from` to results in `to`. So much of the weights as stays in the first-level cache serves all rows.
   void multiply(const bfloat16* from, int64_t count, float* to) const {
     Tiles configured;
-    int64_t together = std::max<int64_t>(1, 16 / weights.taps);  // steps
+    int64_t together = std::max<int64_t>(1, 16 / weights.positions);  // steps
     std::vector<std::pair<const bfloat16*, float*>> places;  // of each tile
     for (const Phase& phase : phases) {
       places.clear();
@@ -73,7 +74,7 @@ struct Product {
               Block::store(c, result_pixel);
             });
           }
-          u += steps * weights.taps * width * tile_weights;
+          u += steps * weights.positions * width * tile_weights;
         }
       }
     }
@@ -89,7 +90,7 @@ void run_product(const Product& p, int64_t N, int64_t images, const Read& read, 
   int64_t step = std::max<int64_t>(1, (share + turns - 1) / turns);  // equal shares for all threads, in as few turns as fit
   parallel((groups + step - 1) / step, [&](int64_t task) {
     int64_t first = task * step, count = std::min(step, groups - first);
-    // The last tile of a row may reach beyond its copy.
+    // The last tile of a row reaches up to 15 lines beyond its copy, and of an odd large side as many more as there are images.
     bfloat16* operand = scratch<bfloat16>(Scratch::small, count * p.operand() + 2 * tile_rows * tile_depth);
     float* result = scratch<float>(Scratch::sums, count * p.result);
     for (int64_t i = 0; i < count; i++) read((first + i) * images, operand + i * p.operand());
@@ -191,7 +192,8 @@ void to_weight(const Convolution& c) {
   bool unrolled = s.C <= patches.most_channels;
   int64_t block = unrolled ? patches.block() : copy.block(), large_size = unrolled ? patches.size() : copy.size();
   int64_t step = std::clamp<int64_t>(cached_gradient / ((large_size + rows.size()) * int64_t{sizeof(Pair)}), 1, groups);
-  int64_t slack = tile_rows * line<Pair>;  // what the last tile of a row reads beyond the copy meets zeros, and must be finite
+  // What the last tile of a row reads beyond it meets zeros: the next row, which may spread NaN, or behind the copies zeros.
+  int64_t slack = tile_rows * line<Pair>;
   Pair* b = scratch<Pair>(Scratch::large, step * large_size + slack);
   Pair* a = scratch<Pair>(Scratch::small, step * rows.size());
   int64_t a_group = rows.tiles() * rows.tile_size, a_block = step * a_group;

@@ -31,13 +31,14 @@ bool may_use_tiles() {
 #endif
 }
 
-Isa best() {
+// Without tiles: but for those, which the system is asked for.
+Isa best(bool tiles) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  FASTGAN_IF_AMX(if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+  FASTGAN_IF_AMX(if (tiles && avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
                      __builtin_cpu_supports("amx-bf16") && may_use_tiles()) return Isa::amx;)
   FASTGAN_IF_AVX512(if (avx512) return Isa::avx512;)
   FASTGAN_IF_AVX2(if (avx2) return Isa::avx2;)
@@ -46,9 +47,9 @@ Isa best() {
 }
 
 Isa choose() {
-  Isa found = best();
   const char* asked = std::getenv("FASTGAN_CPU");
-  if (asked == nullptr || *asked == '\0') return found;
+  if (asked == nullptr || *asked == '\0') return best(true);
+  Isa found = best(asked == std::string("amx"));
   for (int i = 0; i < 4; i++) {
     if (std::string(asked) != names[i]) continue;
     STD_TORCH_CHECK(i <= static_cast<int>(found), "FASTGAN_CPU=", asked, ": this processor and build offer at most ",

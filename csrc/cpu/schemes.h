@@ -130,6 +130,7 @@ struct Winograd {
   // The transformed weight for panels first .. last of the small side, and of the operand's depth `count` from `from` on:
   // each point [panel][count][panel], points `point` apart. A chunk of depth holds whole groups.
   static constexpr int64_t chunk = 128;
+  static_assert(chunk % (phases * panel<T>) == 0);
 
   void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out,
                        int64_t point) const {

@@ -10,7 +10,7 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-enum class Scratch { weight, weights, large, small, image, sums, partial, count };
+enum class Scratch { weight, weights, large, small, image, sums, partial, even, odd, count };
 
 constexpr size_t huge_page = 2 << 20;
 

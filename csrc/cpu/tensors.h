@@ -79,16 +79,28 @@ auto with_stat_type(const Tensor& t, const F& f) {
 }
 
 // New tensors, from PyTorch's C function: a call of its dispatcher takes longer than the kernels do for few values.
-inline Tensor make_strided(const Shape& shape, const Shape& strides, torch::headeronly::ScalarType dtype) {
+inline int32_t code_of(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
                   "fastgan: no CPU kernel makes a tensor of this dtype; expected float32, bfloat16 or float64");
-  int32_t type = dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
-                 : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                                                 : aoti_torch_dtype_float32();
+  return dtype == ScalarType::Double     ? aoti_torch_dtype_float64()
+         : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                         : aoti_torch_dtype_float32();
+}
+
+inline Tensor make_strided(const Shape& shape, const Shape& strides, torch::headeronly::ScalarType dtype) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), type,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), code_of(dtype),
                                                   aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// The same in memory that is the caller's.
+inline Tensor make_view(void* memory, const Shape& shape, const Shape& strides, torch::headeronly::ScalarType dtype) {
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(memory, static_cast<int64_t>(shape.size()), shape.data(),
+                                                                  strides.data(), 0, code_of(dtype), aoti_torch_device_type_cpu(), 0,
+                                                                  &made));
   return Tensor(made);
 }
 
@@ -102,9 +114,13 @@ inline Tensor make_empty(const Shape& shape, torch::headeronly::ScalarType dtype
   return make_strided(shape, strides, dtype);
 }
 
-inline Tensor make_channels_last(const Shape& shape, torch::headeronly::ScalarType dtype) {
+inline Shape channels_last_strides(const Shape& shape) {
   int64_t C = shape[1], W = shape[3] * C;
-  return make_strided(shape, {shape[2] * W, 1, W, C}, dtype);
+  return {shape[2] * W, 1, W, C};
+}
+
+inline Tensor make_channels_last(const Shape& shape, torch::headeronly::ScalarType dtype) {
+  return make_strided(shape, channels_last_strides(shape), dtype);
 }
 
 inline Tensor make_zeros(const Shape& shape, torch::headeronly::ScalarType dtype) {

@@ -10,15 +10,15 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 struct TileWeights {
-  int64_t taps, steps, tiles;  // steps: of tile_depth; tiles: of columns
+  int64_t positions, steps, tiles;  // of the kernel; of tile_depth; of columns
 
-  TileWeights(int64_t taps, int64_t depth, int64_t columns)
-      : taps(taps), steps((depth + tile_depth - 1) / tile_depth), tiles((columns + tile_columns - 1) / tile_columns) {}
-  int64_t size() const { return taps * steps * tiles * tile_weights; }
+  TileWeights(int64_t positions, int64_t depth, int64_t columns)
+      : positions(positions), steps((depth + tile_depth - 1) / tile_depth), tiles((columns + tile_columns - 1) / tile_columns) {}
+  int64_t size() const { return positions * steps * tiles * tile_weights; }
   int64_t width(int64_t tile) const { return std::min<int64_t>(2, tiles - (tile & ~1)); }  // of the block that holds it
   // The row of a tile of columns that holds the pair of depths `pair`.
   int64_t row(int64_t tap, int64_t pair, int64_t tile) const {
-    int64_t step = pair / tile_rows, block = (tile & ~1) * taps * steps + (step * taps + tap) * width(tile) + (tile & 1);
+    int64_t step = pair / tile_rows, block = (tile & ~1) * positions * steps + (step * positions + tap) * width(tile) + (tile & 1);
     return block * tile_weights + pair % tile_rows * 2 * tile_columns;
   }
 };

@@ -11,7 +11,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the intrinsics' own undefined operands
 
 #define FASTGAN_INLINE inline __attribute__((always_inline))
-#define FASTGAN_UNROLL _Pragma("GCC unroll 16")  // loops over registers, which an index in memory would spill
+#define FASTGAN_UNROLL _Pragma("GCC unroll 32")  // loops over registers, which an index in memory would spill
 
 namespace fastgan::cpu::FASTGAN_ISA {
 

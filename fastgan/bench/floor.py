@@ -45,10 +45,9 @@ def work(case: Case) -> dict[str, float]:
 
 
 def floor(work: dict[str, float], precision: str, peaks: dict[str, float]) -> dict[str, float]:
-    """Seconds of multiplications and of memory for `work`, at the `peaks` of `machine.peaks`. Where 16 bits are faster
-    than 32 the kernels compute the definition in them, elsewhere Winograd's products in fp32."""
-    single, own = peaks["fp32 GFLOP/s"], peaks[f"{precision} GFLOP/s"]
-    products = work["definition GFLOP"] / own if own > single else work["GFLOP"] / single
+    """Seconds of multiplications and of memory for `work`, at the `peaks` of `machine.peaks`: of Winograd's products
+    in fp32 or of the definition's in the step's own precision, whichever takes less."""
+    products = min(work["GFLOP"] / peaks["fp32 GFLOP/s"], work["definition GFLOP"] / peaks[f"{precision} GFLOP/s"])
     return {"multiplications": products, "memory": work["GB"] / peaks["copy GB/s"]}
 
 

@@ -20,14 +20,16 @@ class ConvStack(nn.Sequential):
     """`nn.Sequential(Conv2d | ConvTranspose2d, [BatchNorm2d], [LeakyReLU | ReLU], ...)`, faster.
 
     Construction, `state_dict`, indexing and results are those of `nn.Sequential`; running statistics are updated once
-    per forward. On CPU (float32, processors with AVX2), and on CUDA where `fastgan.use_backend("triton")` asks for it
-    (its convolutions are not measured against the library's yet), each run of blocks is one differentiable unit of
-    fastgan's kernels: BatchNorm and activation are applied while the next convolution reads its input. Any
-    other module, and a block whose modules have hooks, parametrisations or a type of their own, runs as it is; on other
-    devices and dtypes and in compiled code each block runs as `conv_bn_act` or `conv_transpose_bn_act`.
+    per forward. On CPU (float32 with AVX2; bfloat16, under autocast, with AMX), and on CUDA where
+    `fastgan.use_backend("triton")` asks for it (its convolutions are not measured against the library's yet), each run
+    of blocks is one differentiable unit of fastgan's kernels: BatchNorm and activation are applied while the next
+    convolution reads its input. Any other module, and a block whose modules have hooks, parametrisations or a type of
+    their own, runs as it is; on other devices and dtypes and in compiled code each block runs as `conv_bn_act` or
+    `conv_transpose_bn_act`.
 
-    On a CPU under autocast to bfloat16, where the library only emulates that type, the kernels compute in float32 and
-    the result is rounded: more precise and faster than eager there, with float32 kept for backward.
+    Under autocast to bfloat16 on a CPU without AMX the blocks are the library's; where even the library only emulates
+    that type, the kernels compute in float32 and the result is rounded: more precise and faster than eager there, with
+    float32 kept for backward.
 
     `nn.SyncBatchNorm` (`nn.SyncBatchNorm.convert_sync_batchnorm`) normalises over all processes, on CPUs too.
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
@@ -174,11 +176,9 @@ def _why_not_cpu(input: Tensor) -> str | None:
     in_float32 = stack_cpu.lower_dtype() == torch.float32
     if autocast and in_float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "the library computes in bfloat16 here, the kernels, for want of AMX, in float32"
-    if input.dtype == torch.bfloat16 and (autocast or not in_float32):
+    if input.dtype in (torch.float32, torch.float64) or (autocast and input.dtype == torch.bfloat16):
         return None
-    return (
-        None if input.dtype in (torch.float32, torch.float64) else f"the kernels do not compute in {input.dtype} here"
-    )
+    return f"the kernels take float32 and, under autocast, bfloat16, the input is {input.dtype}"
 
 
 def _why_not_triton(input: Tensor) -> str | None:

@@ -44,8 +44,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def why_not_block(block: Block, input: Tensor) -> str | None:
     """Why a block cannot be in a unit; None: it can, by the library's convolution if need be."""
-    weight, dtype = block.conv.weight, torch.float32 if torch.is_autocast_enabled("cpu") else _wide(input.dtype)
-    return None if weight.dtype == dtype else f"the weight is {weight.dtype}, the kernels take {dtype}"
+    dtype = torch.float32 if torch.is_autocast_enabled("cpu") else input.dtype
+    named = {"weight": block.conv.weight, "BatchNorm's weight": None if block.norm is None else block.norm.weight}
+    wrong = (
+        f"the {name} is {p.dtype}, the kernels take {dtype}"
+        for name, p in named.items()
+        if p is not None and p.dtype != dtype
+    )
+    return next(wrong, None)
 
 
 # --- one block ----------------------------------------------------------------------------------------------------
@@ -212,7 +218,7 @@ def _own_convolution(
     value, second, by, operand_slope = operand[:4]
     return torch.ops.fastgan_cpu.convolve(
         value, second, by, operand_slope, _dense(weight), to_large, size[0], size[1], statistics,
-        y, constants, slope, _AUTOMATIC,
+        y, constants, slope, _AUTOMATIC, output is not None,
     )  # fmt: skip
 
 
