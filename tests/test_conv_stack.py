@@ -1,6 +1,7 @@
 """ConvStack against the same modules in a plain nn.Sequential, values, gradients, gradients of gradients and state."""
 
 import copy
+import threading
 from itertools import pairwise
 
 import pytest
@@ -337,6 +338,25 @@ def test_what_blocks_pass_on_is_not_what_anyone_keeps():
         for g, before, tensor in zip(gradients, copied, (x, *stack.parameters()), strict=True):
             assert torch.equal(g, before)
             assert torch.equal(g, tensor.grad)
+
+
+def test_memory_between_blocks_grows_from_block_to_block():
+    """In a thread of its own, which has none yet: each gradient is larger than the one it is made from, and all are so
+    large that the system takes back what is freed."""
+    torch.manual_seed(10)
+    stack, input = ConvStack(*modules(3, 64, 64, 64, 64)), torch.randn(64, 3, 64, 64)
+    found: list = []
+
+    def run() -> None:
+        found.append(outcome(stack, input, "cpu"))
+        found.append(outcome(stack, torch.cat([input, input]), "cpu"))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    for got, given in zip(found, (input, torch.cat([input, input])), strict=True):
+        for one, two in zip(got, outcome(stack, given, "cpu"), strict=True):
+            assert torch.equal(one, two)
 
 
 def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):

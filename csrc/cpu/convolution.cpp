@@ -53,8 +53,9 @@ void run(const Convolution& c, ScalarType dtype) {
 Tensor make_passing(const Shape& shape, ScalarType dtype, const Tensor& input) {
   using plain::Scratch, plain::scratch;
   int64_t size = (shape[0] * shape[1] * shape[2] * shape[3] + 1) * 8;
-  char* memory = scratch<char>(Scratch::even, size);
-  if (memory == input.const_data_ptr()) memory = scratch<char>(Scratch::odd, size);
+  // As it is: grown, it would be another memory, and the input would be gone.
+  bool even = scratch<char>(Scratch::even, 0) != input.const_data_ptr();
+  char* memory = scratch<char>(even ? Scratch::even : Scratch::odd, size);
   return make_view(memory, shape, channels_last_strides(shape), dtype);
 }
 
