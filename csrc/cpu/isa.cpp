@@ -22,7 +22,7 @@ namespace {
 constexpr const char* names[] = {"plain", "avx2", "avx512", "amx"};
 
 // Linux saves the large registers of AMX only for a process that asks for them.
-bool may_use_tiles() {
+[[maybe_unused]] bool may_use_tiles() {
 #if defined(__linux__) && defined(__x86_64__)
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -31,7 +31,7 @@ bool may_use_tiles() {
 #endif
 }
 
-// Without tiles: but for those, which the system is asked for.
+// The best that there is; tiles, which the system is asked for, only where they are wanted.
 Isa best(bool tiles) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
