@@ -308,9 +308,11 @@ def test_two_batches_at_once_are_two_passes_in_bf16(in_bf16):
     """Bit for bit but for a weight's gradient, whose sum over both is one."""
     stack, input = ConvStack(*modules(3, 16, 33)), torch.randn(6, 3, 16, 16)
     got, expected = (outcome(made(stack), input, "cpu") for made in (AsBatches, TwoPasses))
-    assert torch.equal(got[0], expected[0])
-    for one, two in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-2, atol=2e-2 * two.abs().max().item())
+    for index, (one, two) in enumerate(zip(got, expected, strict=True)):
+        if index >= 2 and one.dim() == 4:  # two sums in fp32, in another order: a few roundings of the largest
+            assert (one - two).abs().max() <= 8 * torch.finfo(one.dtype).eps * two.abs().max()
+        else:
+            assert torch.equal(one, two)
 
 
 def test_batch_norm_in_another_dtype_is_the_librarys(in_bf16):
