@@ -342,7 +342,7 @@ def _undecided(*_: Any) -> None:
 _SETS = ("plain", "avx2", "avx512", "amx")
 # Which of them the CPU kernels have copies for. Convolutions in bf16 have none but for AMX.
 _COPIES = {
-    torch.float32: ("plain", "avx2", "avx512"),
+    torch.float32: ("plain", "avx2", "avx512", "amx"),
     torch.float64: ("plain", "avx2"),
     torch.bfloat16: ("plain", "amx"),
 }

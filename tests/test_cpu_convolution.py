@@ -31,6 +31,15 @@ SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd
     (3, 1, 130, 4, 2, False),
     (1, 3, 20, 2, 70, True),
     (1, 2, 16, 1, 70, False),
+    # Tiles: images side by side, an odd number of them, ragged blocks of channels, rows of many tiles; a weight so large that
+    # images are read some channels at a time.
+    (33, 40, 33, 4, 4, False),
+    (7, 33, 48, 2, 3, True),
+    (16, 5, 20, 1, 1, False),
+    (3, 64, 64, 16, 16, False),
+    (2, 3, 16, 4, 90, True),
+    (21, 4, 7, 3, 5, True),
+    (33, 200, 300, 4, 4, False),
     # More than 8 MB of operands, which are walked in steps of some images.
     (3, 16, 16, 80, 80, False),
     (3, 8, 8, 72, 72, True),

@@ -117,12 +117,12 @@ Ints bits(Floats x) { return std::bit_cast<Ints>(x); }
 """
 
 
-@pytest.mark.parametrize("stem", ["adam_ema", "bn_act", "convolution", "convolution_bf16", "gan_bce", "planted"])
+@pytest.mark.parametrize("stem", ["adam_ema", "bn_act", "convolution", "convolution_tiles", "gan_bce", "planted"])
 def test_no_instruction_sets_share_a_function_that_takes_registers(stem, tmp_path):
     """The linker keeps one of a standard template's copies, and sets do not pass registers alike. Inlining hides it."""
     name = "gan_bce" if stem == "planted" else stem
     units = build.get_build_parameters("cpu").units
-    copy = "amx" if name == "convolution_bf16" else "avx2"
+    copy = "amx" if name == "convolution_tiles" else "avx2"
     unit = next((u for u in units if u.object == f"cpu_{name}.isa.cpp.{copy}.o"), None)
     if unit is None or shutil.which("nm") is None:
         pytest.skip(f"needs a compiler for {copy} and nm")

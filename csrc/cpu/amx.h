@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t tile_rows = 16, tile_columns = 16, tile_depth = 32;
 constexpr int64_t tile_weights = tile_depth * tile_columns;  // of a tile of B
 
+inline int64_t tiles_of(int64_t values) { return (values + tile_rows - 1) / tile_rows; }
+inline int64_t steps_of(int64_t depth) { return (depth + tile_depth - 1) / tile_depth; }
+
 struct TileConfiguration {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -60,20 +63,35 @@ struct Sums {
     if constexpr (R > 1 && V > 1) _tile_stored(3, c[1] + tile_columns, stride * 4);
   }
 
-  // Rows of a and b are a_stride and b_stride bf16 values apart.
-  FASTGAN_INLINE static void add(const bfloat16* a0, const bfloat16* a1, int64_t a_stride, const bfloat16* b0, const bfloat16* b1,
-                                 int64_t b_stride) {
-    _tile_loadd(4, a0, a_stride * 2);
-    _tile_loadd(6, b0, b_stride * 2);
+  FASTGAN_INLINE static void load_a(const bfloat16* a0, const bfloat16* a1) {
+    _tile_loadd(4, a0, 64);
+    if constexpr (R > 1) _tile_loadd(5, a1, 64);
+  }
+  FASTGAN_INLINE static void load_b(const bfloat16* b0, const bfloat16* b1) {
+    _tile_loadd(6, b0, 64);
+    if constexpr (V > 1) _tile_loadd(7, b1, 64);
+  }
+  FASTGAN_INLINE static void multiply() {
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (V > 1) {
-      _tile_loadd(7, b1, b_stride * 2);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (R > 1) {
-      _tile_loadd(5, a1, a_stride * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (V > 1) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (V > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (R > 1 && V > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // Of numbers in one part each, or in three, a_part and b_part apart: then the six products of parts of which any other is
+  // below the last digit of a float, in an order in which one of two operands stays.
+  template <int count>
+  FASTGAN_INLINE static void add(const bfloat16* a0, const bfloat16* a1, int64_t a_part, const bfloat16* b0, const bfloat16* b1,
+                                 int64_t b_part) {
+    if constexpr (count == 3) {
+      load_a(a0 + 2 * a_part, a1 + 2 * a_part), load_b(b0, b1), multiply();
+      load_a(a0 + a_part, a1 + a_part), multiply();
+      load_b(b0 + b_part, b1 + b_part), multiply();
+      load_a(a0, a1), multiply();
+      load_b(b0 + 2 * b_part, b1 + 2 * b_part), multiply();
+      load_b(b0, b1), multiply();
+    } else {
+      load_a(a0, a1), load_b(b0, b1), multiply();
     }
   }
 };

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/vec.h"
 
@@ -42,6 +43,25 @@ FASTGAN_INLINE void store(bfloat16* p, Vec<float> v, int64_t n = lanes<float>) {
 
 FASTGAN_INLINE Vec<float> as_stored(const bfloat16*, Vec<float> v) {
   return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(v)), 16));
+}
+
+// A float is the sum of three numbers of bf16, 24 digits of eight each, but where they underflow. The first is cut off, not
+// rounded, so that it cannot overflow; from infinity it leaves NaN. What is stored in bf16 is one.
+template <class S>
+constexpr int parts = std::is_same_v<S, bfloat16> ? 1 : 3;
+template <class S>
+using Parts = Vec<float>[parts<S>];
+
+template <class S>
+FASTGAN_INLINE void split(Vec<float> v, Vec<float> (&part)[parts<S>]) {
+  if constexpr (parts<S> == 1) {
+    part[0] = v;
+  } else {
+    part[0] = Vec<float>(_mm512_and_si512(__m512i(v), _mm512_set1_epi32(-0x10000)));
+    Vec<float> rest = v - part[0];
+    part[1] = as_stored(static_cast<const bfloat16*>(nullptr), rest);
+    part[2] = rest - part[1];
+  }
 }
 
 // Pairs (a, b) of bf16, one per lane.

@@ -1,5 +1,6 @@
 // A 4x4 stride-2 padding-1 convolution between a large side [N, LH, LW, C] and a small side [N, H, W, K], as plain
-// pointers: what convolution.cpp checks and convolution.isa.cpp or, in bf16, convolution_bf16.isa.cpp computes. Weight [K, C, 4, 4], contiguous or channels-last.
+// pointers: what convolution.cpp checks and convolution.isa.cpp or, on AMX, convolution_tiles.isa.cpp computes. Weight
+// [K, C, 4, 4], contiguous or channels-last.
 #pragma once
 #include <cstdint>
 
@@ -27,6 +28,7 @@ struct ResultView {
 };
 
 enum class Direction { to_small, to_large, to_weight };
+constexpr int64_t thin_channels = 4;  // of the large side: up to so many have ways of their own
 constexpr int64_t scheme_automatic = 0, scheme_winograd = 1, scheme_direct = 2;
 
 struct Convolution {
@@ -43,6 +45,6 @@ struct Convolution {
 // weight and its gradient fp32.
 FASTGAN_IF_AVX2(namespace avx2 { void run_convolution(const Convolution& c); void run_convolution_fp64(const Convolution& c); })
 FASTGAN_IF_AVX512(namespace avx512 { void run_convolution(const Convolution& c); })
-FASTGAN_IF_AMX(namespace amx { void run_convolution_bf16(const Convolution& c); })
+FASTGAN_IF_AMX(namespace amx { void run_convolution(const Convolution& c); void run_convolution_bf16(const Convolution& c); })
 
 }  // namespace fastgan::cpu

@@ -3,8 +3,9 @@
 // namespace or that one: an inline function that several sets share would be linked once, for whichever set came first.
 //
 // Convolutions in fp32 have a copy for AVX-512, with registers of 64 bytes: the same algorithms, twice the products per
-// instruction. Those in bf16 have one for AMX and no other: AVX-512's own products of bf16 pairs are, on the processor that
-// was measured, half as many a second as its fp32 ones. Everything else waits for memory, where wider registers gain nothing.
+// instruction. On AMX, which multiplies bf16, they are computed by their definition, in fp32 in three parts, but for those of a
+// few channels. Those in bf16 have no other copy: AVX-512's own products of bf16 pairs are, on the processor that was measured,
+// half as many a second as its fp32 ones. Everything else waits for memory, where wider registers gain nothing.
 #pragma once
 
 namespace fastgan::cpu {

@@ -17,8 +17,6 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-constexpr int64_t thin_channels = 4;  // to the large side at most; in the other directions more may pay
-
 template <class T>
 struct Thin {
   static constexpr int points = 4, squares = 3;
