@@ -15,6 +15,7 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
+constexpr int64_t at_once = 16;               // products that are added up in tiles before their sums go to memory
 constexpr int64_t cached_images = 3 << 19;    // bytes of operands and results that a thread has at a time
 constexpr int64_t cached_weights = 4 << 20;   // of weights that every turn of a thread may bring from the last level
 constexpr int64_t cached_gradient = 5 << 18;  // of the operands of a block of a weight's gradient
@@ -28,10 +29,6 @@ struct Phase {
   std::vector<int64_t> taps;                 // offsets in the operand
 };
 
-// Tiles of weights, by two, that stay in the first-level cache.
-template <class S>
-constexpr int64_t at_once = parts<S> == 1 ? 16 : 4;
-
 // Of images in groups of those that are side by side.
 template <class S>
 struct Product {
@@ -41,8 +38,8 @@ struct Product {
 
   int64_t operand(int64_t steps) const { return parts<S> * steps * block; }
 
-  // To the results of `count` groups in `to` what steps first .. first + chunk of depth add, their operands in `from`. So many of
-  // the weights as stay in the first-level cache serve all rows; meanwhile memory brings the next.
+  // To the results of `count` groups in `to` what steps first .. first + chunk of depth add, their operands in `from`. Some of the
+  // weights at a time serve all rows; meanwhile memory brings the next.
   void multiply(const bfloat16* from, int64_t count, const bfloat16* u, int64_t first, int64_t chunk, float* to) const {
     Tiles configured;
     std::vector<std::pair<const bfloat16*, float*>> places;  // of each tile
@@ -64,8 +61,8 @@ struct Product {
       for (int64_t column = 0; column < weights.tiles; column += 2) {
         const bfloat16* b_first = u + weights.block(first, column);
         int64_t pairs = (all + 1) / 2, one = parts<S> * weights.part(column), lines = (one / 32 + pairs - 1) / pairs;
-        for (int64_t at = 0; at < depth; at += at_once<S>, b_first += at_once<S> * one) {
-          int64_t end = std::min(at + at_once<S>, depth);
+        for (int64_t at = 0; at < depth; at += at_once, b_first += at_once * one) {
+          int64_t end = std::min(at + at_once, depth);
           const bfloat16* next = end < depth ? b_first + (end - at) * one : u + weights.block(first, column + 2);
           for (int64_t tile = 0; tile < all; tile += 2) {
             const bfloat16* a[2] = {places[tile].first, places[tile + 1].first};
