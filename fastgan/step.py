@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fastgan import losses
 from fastgan.ema import Ema
 from fastgan.errors import FastganError
+from fastgan.nn.blocks import is_plain_module
+from fastgan.nn.models import Discriminator
 from fastgan.nn.stack import ConvStack, as_batches
 from fastgan.optim import Adam
 
@@ -49,7 +51,8 @@ class GanStep:
         generator_interval: the generator learns on every so many steps (5 is usual for WGAN-GP).
         joint: real and fake images go through the discriminator as one batch of 2N, each half normalised by statistics
             of its own: the same results in fewer, larger convolutions. Its BatchNorms must be in `ConvStack`s, and
-            nothing else in it may mix images.
+            nothing else in it may mix images. None: on CPUs, in steps without R1 and R2, where the discriminator is
+            fastgan's own and each of its layers is sure to treat images so.
         clip_grad: largest norm of all gradients of a network, or None.
         ema: follows the generator after each of its updates, in the same pass where opt_g is `fastgan.optim.Adam`.
         autocast: run both networks under `torch.autocast` with this dtype. Penalties, and with R1 and R2 the whole
@@ -87,7 +90,7 @@ class GanStep:
         penalty_interval: int = 16,
         wgan_gp: float = 0.0,
         generator_interval: int = 1,
-        joint: bool = False,
+        joint: bool | None = None,
         clip_grad: float | None = None,
         ema: Ema | None = None,
         autocast: torch.dtype | None = None,
@@ -153,6 +156,12 @@ class GanStep:
         self.images += len(real) * self._count
         return metrics
 
+    def _runs_joint(self, real: Tensor, penalised: bool) -> bool:
+        if self.joint is not None:
+            return self.joint
+        # A penalty is on one half, and would be differentiated through both.
+        return real.device.type == "cpu" and not penalised and _treats_images_apart(self.discriminator)
+
     def _update_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         penalised = bool(self.r1 or self.r2) and self.steps % self.penalty_interval == 0
         dtype = next((p.dtype for p in self.discriminator.parameters()), real.dtype)
@@ -160,7 +169,7 @@ class GanStep:
             real = real.detach().to(dtype).requires_grad_(bool(self.r1))
             fake = fake.to(dtype).requires_grad_(bool(self.r2))
         with _full_precision(real.device) if penalised else self.precision(real.device):
-            if self.joint:
+            if self._runs_joint(real, penalised):
                 with as_batches(self.discriminator, 2):
                     real_logits, fake_logits = self._logits(torch.cat([real, fake])).chunk(2)
             else:
@@ -236,6 +245,18 @@ class GanStep:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, self.autocast)
+
+
+_IMAGE_BY_IMAGE = (nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU, nn.ReLU)
+
+
+def _treats_images_apart(discriminator: nn.Module) -> bool:
+    """Whether it is known that the images of one batch meet in BatchNorms of a `ConvStack` alone, and no hook sees them."""
+    return (
+        is_plain_module(discriminator, Discriminator)
+        and is_plain_module(discriminator.main, ConvStack)
+        and all(is_plain_module(layer, *_IMAGE_BY_IMAGE) for layer in discriminator.main)
+    )
 
 
 def _check_joint(discriminator: nn.Module) -> None:

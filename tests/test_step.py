@@ -187,6 +187,40 @@ def test_joint_batches_train_as_separate_ones(backend, options):
         torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("change", "images"),
+    [
+        (lambda d: None, [16, 8]),  # real and fake at once, then the generator's
+        (lambda d: d.main.append(nn.Dropout2d()), [8, 8, 8]),
+        (lambda d: d.main[0].register_forward_hook(lambda *_: None), [8, 8, 8]),
+        (lambda d: nn.utils.parametrizations.spectral_norm(d.main[0]), [8, 8, 8]),
+        (lambda d: setattr(d, "main", nn.Sequential(*d.main)), [8, 8, 8]),
+        (lambda d: setattr(d.main[3], "__class__", type("Mixing", (nn.BatchNorm2d,), {})), [8, 8, 8]),
+    ],
+    ids=["own", "dropout", "hook", "spectral norm", "no stack", "derived"],
+)
+def test_batches_are_joined_by_themselves_where_that_changes_nothing(change, images, monkeypatch):
+    g, d = networks()
+    change(d)
+    seen, forward = [], type(d).forward
+    monkeypatch.setattr(type(d), "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
+    make_step(g, d)(real_batch())
+    assert seen == images
+    seen.clear()
+    make_step(g, d, joint=False)(real_batch())
+    assert seen == [8, 8, 8]
+
+
+def test_batches_are_apart_in_steps_with_penalties(monkeypatch):
+    g, d = networks()
+    seen, forward = [], type(d).forward
+    monkeypatch.setattr(type(d), "forward", lambda self, x: (seen.append(len(x)), forward(self, x))[1])
+    step = make_step(g, d, r1=0.5, penalty_interval=2)
+    step(real_batch())
+    step(real_batch())
+    assert seen == [8, 8, 8, 16, 8]
+
+
 def test_joint_batches_need_their_norms_in_stacks():
     g, d = networks()
     d.main = torch.nn.Sequential(*d.main)

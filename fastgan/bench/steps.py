@@ -48,7 +48,7 @@ def providers(device: torch.device, options: bool = False) -> dict[str, Provider
             if why_not(backend, device="cuda", dtype=torch.float32) is None:
                 found[f"fastgan {backend}"] = Provider(own, backend, f"fastgan with the backend {backend} forced")
     if options:
-        found["fastgan joint"] = Provider(joint, None, "fastgan, real and fake images as one batch of 2N")
+        found["fastgan apart"] = Provider(apart, None, "fastgan, real and fake images as two batches")
         found["fastgan recomputing"] = Provider(recomputing, None, "fastgan, D's first convolution computed again")
     return found
 
@@ -93,8 +93,8 @@ def own(case: Case, device: torch.device) -> Callable[[], Any]:
     return _gan_step(case, device, *case.networks(device))
 
 
-def joint(case: Case, device: torch.device) -> Callable[[], Any]:
-    return _gan_step(case, device, *case.networks(device), joint=True)
+def apart(case: Case, device: torch.device) -> Callable[[], Any]:
+    return _gan_step(case, device, *case.networks(device), joint=False)
 
 
 def recomputing(case: Case, device: torch.device) -> Callable[[], Any]:
