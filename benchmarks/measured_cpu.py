@@ -113,7 +113,7 @@ def row(operation: str, layout: str, found: list[tuple[tuple[int, ...], Interval
         "shape": list(faster[-1][0]),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "backend": "cpu",
-        "kernels": fastgan.backends.instruction_set(),
+        "kernels": fastgan.backends.instruction_set(operation),
         "ratio": round(min(interval.median for _, interval in faster), 2),
     }
 

@@ -340,19 +340,22 @@ def _undecided(*_: Any) -> None:
 
 
 _SETS = ("plain", "avx2", "avx512", "amx")
-# Which of them the CPU kernels have copies for. Convolutions in bf16 have none but for AMX.
-_COPIES = {
+# Which of them the CPU kernels have copies for, of convolutions by dtype (in bf16 none but for AMX), and of what else has more
+# than the usual ones.
+_USUAL = ("plain", "avx2")
+_COPIES: dict[torch.dtype | str, tuple[str, ...]] = {
+    "gan_bce": ("plain", "avx2", "avx512"),
     torch.float32: ("plain", "avx2", "avx512", "amx"),
-    torch.float64: ("plain", "avx2"),
+    torch.float64: _USUAL,
     torch.bfloat16: ("plain", "amx"),
 }
 
 
-def instruction_set(convolution: torch.dtype | None = None) -> str:
-    """The copy of the CPU kernels that runs, of convolutions in a dtype or of everything else: plain, avx2, avx512 or
+def instruction_set(of: torch.dtype | str) -> str:
+    """The copy of the CPU kernels that runs, of convolutions in a dtype or of another operation: plain, avx2, avx512 or
     amx; of convolutions, "plain" is none. Their library is loaded."""
     best = _SETS.index(torch.ops.fastgan_cpu.instruction_set())
-    copies = ("plain", "avx2") if convolution is None else _COPIES[convolution]
+    copies = _COPIES.get(of, _USUAL)
     return [copy for copy in copies if _SETS.index(copy) <= best][-1]
 
 
@@ -388,7 +391,7 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
         reason = why_not(backend, operation, device, tensor.dtype)
         if reason is not None:
             raise BackendError(f"{operation}: {reason}")
-        return Decision(backend, f"forced{_copy(backend)}")
+        return Decision(backend, f"forced{_copy(backend, operation)}")
     if device == "cpu":
         if operation in _by_elements:
             return decide_on_cpu(operation, tensor.dtype, "contiguous", (tensor.numel(),))
@@ -402,8 +405,8 @@ def decide(operation: str, tensor: Tensor, backend: str | None) -> Decision:
     return Decision("eager", "; ".join(reasons) or f"no other backend runs on {device} tensors")
 
 
-def _copy(backend: str) -> str:
-    return f"; {instruction_set()} kernels" if backend == "cpu" else ""
+def _copy(backend: str, operation: str) -> str:
+    return f"; {instruction_set(operation)} kernels" if backend == "cpu" else ""
 
 
 def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int, ...]) -> Decision:
@@ -416,12 +419,12 @@ def decide_on_cpu(operation: str, dtype: torch.dtype, how: str, shape: tuple[int
     if shape[0] < row.smallest:
         return Decision("eager", f"'{row.backend}' is measured faster only from {least} on")
     reason = why_not(row.backend, operation, "cpu", dtype)
-    if reason is None and row.backend == "cpu" and (found := instruction_set()) != row.kernels:
+    if reason is None and row.backend == "cpu" and (found := instruction_set(operation)) != row.kernels:
         reason = f"its {row.kernels} kernels were measured faster, those that run here are {found}"
     if reason is not None:
         return Decision("eager", reason)
     faster = f"measured {row.ratio:.2f} times as fast as eager for this shape, from {least} on"
-    return Decision(row.backend, faster + _copy(row.backend))
+    return Decision(row.backend, faster + _copy(row.backend, operation))
 
 
 # --- running a kernel -----------------------------------------------------------------------------

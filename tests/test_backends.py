@@ -71,7 +71,9 @@ def test_the_committed_table_decides_on_cpu(monkeypatch):
 @pytest.mark.parametrize("operation", ["gan_bce", "adam_ema"])
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (2, 1, 3, 1)])
 def test_what_depends_on_the_number_of_elements_is_looked_up_by_it(monkeypatch, operation, shape):
-    measured(monkeypatch, backend="cpu", operation=operation, shape=(), smallest=6)
+    library.load("cpu")
+    kernels = backends.instruction_set(operation)
+    measured(monkeypatch, backend="cpu", operation=operation, shape=(), smallest=6, kernels=kernels)
     enough, few = (fastgan.explain(operation, x)[0] for x in (torch.randn(shape), torch.randn(5)))
     assert enough.decision.backend == "cpu"
     assert few.decision == ("eager", "'cpu' is measured faster only from 6 elements on")
@@ -103,7 +105,7 @@ KNOWN = {
     "layout": {"channels_last", "contiguous"},
     "capability": {"DEFAULT", "AVX2", "AVX512"},
     "backend": {"cpu"},
-    "kernels": {"plain", "avx2"},
+    "kernels": {"plain", "avx2", "avx512"},
 }
 
 
@@ -366,11 +368,12 @@ def test_explain_tells_of_every_public_operation_who_decides(operation):
     ],
 )
 def test_explain_names_the_instruction_set(found, own, in_bf16, others, monkeypatch):
-    """Only convolutions have copies for AVX-512 and AMX, in bf16 for AMX alone."""
+    """Only convolutions and gan_bce have copies for AVX-512, and convolutions for AMX, in bf16 for that alone."""
     library.load("cpu")
     monkeypatch.setattr(torch.ops.fastgan_cpu, "instruction_set", lambda: found)
     assert backends.instruction_set(torch.float32) == own
     assert backends.instruction_set(torch.bfloat16) == in_bf16
+    assert backends.instruction_set("gan_bce") == {"amx": "avx512"}.get(own, own)
     assert f"cpu (forced; {others} kernels)" in str(fastgan.explain("bn_act", X.cpu(), backend="cpu")[0])
 
 

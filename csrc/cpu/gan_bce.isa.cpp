@@ -1,5 +1,5 @@
-// One pass over the logits of each half, summed in double.
-#if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
+// One pass over the logits, summed in double.
+#if !defined(__AMX_BF16__)  // the AVX-512 copy serves; see isa.h
 #include "cpu/gan_bce.h"
 
 #include <algorithm>
@@ -94,30 +94,40 @@ void run_task(const S* logits, int64_t n, double target, double share, double* s
   }
 }
 
-// In tasks of fixed size, so that sums are the same for any number of threads.
+// In tasks of fixed size, so that sums are the same for any number of threads; those of all halves side by side.
 template <class S, class T>
-void run(const S* logits, int64_t n, double target, T* stats, T* gradient) {
+void run(const Half* halves, int64_t count) {
   constexpr int64_t task = 1 << 13;
-  int64_t tasks = (n + task - 1) / task;
-  double share = 1 / static_cast<double>(n), losses = 0, means = 0;
-  std::vector<double> sums(2 * tasks);
-  parallel(tasks, [&](int64_t t) {
-    int64_t begin = t * task;
-    run_task(logits + begin, std::min(task, n - begin), target, share, sums.data() + 2 * t, gradient + begin);
+  struct Task {
+    const Half& half;
+    int64_t begin;
+    double sums[2] = {};
+  };
+  std::vector<Task> tasks;
+  for (const Half* half = halves; half < halves + count; half++) {
+    for (int64_t begin = 0; begin < half->n; begin += task) tasks.push_back({*half, begin});
+  }
+  parallel(tasks.size(), [&](int64_t t) {
+    auto& [half, begin, sums] = tasks[t];
+    run_task(static_cast<const S*>(half.logits) + begin, std::min(task, half.n - begin), half.target, 1 / static_cast<double>(half.n),
+             sums, static_cast<T*>(half.gradient) + begin);
   });
-  for (int64_t t = 0; t < tasks; t++) losses += sums[2 * t], means += sums[2 * t + 1];
-  stats[0] = static_cast<T>(losses * share), stats[2] = static_cast<T>(means * share);
+  auto next = tasks.begin();
+  for (const Half* half = halves; half < halves + count; half++) {
+    double share = 1 / static_cast<double>(half->n), losses = 0, means = 0;
+    for (; next != tasks.end() && &next->half == half; next++) losses += next->sums[0], means += next->sums[1];
+    T* stats = static_cast<T*>(half->stats);
+    stats[0] = static_cast<T>(losses * share), stats[2] = static_cast<T>(means * share);
+  }
 }
 
 }  // namespace
 
-void run_gan_bce(Storage type, const void* logits, int64_t n, double target, void* stats, void* gradient) {
-  auto single = [&]<class S>(const S* x) { run(x, n, target, static_cast<float*>(stats), static_cast<float*>(gradient)); };
+void run_gan_bce(Storage type, const Half* halves, int64_t count) {
   switch (type) {
-    case Storage::float32: return single(static_cast<const float*>(logits));
-    case Storage::bfloat16: return single(static_cast<const bfloat16*>(logits));
-    case Storage::float64:
-      return run(static_cast<const double*>(logits), n, target, static_cast<double*>(stats), static_cast<double*>(gradient));
+    case Storage::float32: return run<float, float>(halves, count);
+    case Storage::bfloat16: return run<bfloat16, float>(halves, count);
+    case Storage::float64: return run<double, double>(halves, count);
   }
 }
 
