@@ -340,8 +340,8 @@ def _undecided(*_: Any) -> None:
 
 
 _SETS = ("plain", "avx2", "avx512", "amx")
-# Which of them the CPU kernels have copies for, of convolutions by dtype (in bf16 none but for AMX), and of what else has more
-# than the usual ones.
+# Which of them the CPU kernels have copies for, of convolutions by dtype (in bf16 none but for AMX), and of what else
+# has more than the usual ones.
 _USUAL = ("plain", "avx2")
 _COPIES: dict[torch.dtype | str, tuple[str, ...]] = {
     "gan_bce": ("plain", "avx2", "avx512"),

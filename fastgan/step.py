@@ -251,9 +251,10 @@ _IMAGE_BY_IMAGE = (nn.Conv2d, nn.BatchNorm2d, nn.LeakyReLU, nn.ReLU)
 
 
 def _treats_images_apart(discriminator: nn.Module) -> bool:
-    """Whether it is known that the images of one batch meet in BatchNorms of a `ConvStack` alone, and no hook sees them."""
+    """Whether images of one batch are known to meet in BatchNorms of a `ConvStack` alone, and no hook sees them."""
     return (
-        is_plain_module(discriminator, Discriminator)
+        isinstance(discriminator, Discriminator)
+        and is_plain_module(discriminator, Discriminator)
         and is_plain_module(discriminator.main, ConvStack)
         and all(is_plain_module(layer, *_IMAGE_BY_IMAGE) for layer in discriminator.main)
     )

@@ -42,7 +42,7 @@ class BenchConfig:
     memory: bool = True
     """measure the peak memory of each competitor too, in processes of their own"""
     options: bool = False
-    """measure fastgan's options too: real and fake batches apart, and the discriminator's first convolution recomputed"""
+    """measure fastgan's options too: real and fake images apart, the discriminator's first convolution recomputed"""
     profile: bool = False
     """show too which operations of fastgan's step take most of its time"""
     json: Path | None = None
