@@ -31,8 +31,8 @@ SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd
     (3, 1, 130, 4, 2, False),
     (1, 3, 20, 2, 70, True),
     (1, 2, 16, 1, 70, False),
-    # Tiles: images side by side, an odd number of them, ragged blocks of channels, rows of many tiles; a weight so large
-    # that images are read some channels at a time.
+    # Tiles: images side by side, an odd number of them, ragged blocks of channels, rows of many tiles; a weight so
+    # large that images are read some channels at a time.
     (33, 40, 33, 4, 4, False),
     (7, 33, 48, 2, 3, True),
     (16, 5, 20, 1, 1, False),
