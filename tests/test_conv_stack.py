@@ -13,7 +13,7 @@ from fastgan import library
 from fastgan.backends import Decision, counts, instruction_set, reset_counts, use_backend
 from fastgan.bench.memory import kept_bytes
 from fastgan.explanation import explain
-from fastgan.nn import Discriminator, Generator, stack_cpu
+from fastgan.nn import Discriminator, Generator
 from fastgan.nn.blocks import Block, parts
 from fastgan.nn.fusion import fuse
 from fastgan.nn.stack import ConvStack, as_batches, why_unfused
@@ -244,84 +244,6 @@ def test_where_the_kernels_do_not_apply():
     assert "float64" in why_unfused(image.double())
 
 
-def with_products_in(dtype: torch.dtype, monkeypatch) -> None:
-    """Under autocast to bfloat16 the kernels compute in `dtype`: float32 anywhere, bfloat16 where there is AMX."""
-    if dtype == torch.bfloat16 and instruction_set(torch.bfloat16) == "plain":
-        pytest.skip("products in bfloat16 need AMX")
-    monkeypatch.setattr(stack_cpu, "lower_dtype", lambda: dtype)
-
-
-@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-@pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_autocast_to_bfloat16_is_as_right_as_eager(network, dtype, products, monkeypatch):
-    with_products_in(products, monkeypatch)
-    torch.manual_seed(7)
-    made = Generator(32, 3, 20, 16) if network == "generator" else Discriminator(32, 3, 32)
-    input = torch.randn((8, 20) if network == "generator" else (8, 3, 32, 32))
-    truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    reset_counts()
-    with torch.autocast("cpu", dtype):
-        got = outcome(made, input, "cpu")
-        assert counts()["cpu", "convolve"] > 0
-        assert counts()["cpu", "weight_gradient"] > 0
-        own = outcome(made, input, "eager")
-    assert [tensor.dtype for tensor in got] == [tensor.dtype for tensor in own]
-    for index, triple in enumerate(zip(got, own, truth, strict=True)):
-        if triple[0].is_floating_point():
-            assert_as_right_as_torch(*triple, f"tensor {index}")
-
-
-@pytest.fixture
-def in_bf16(monkeypatch):
-    with_products_in(torch.bfloat16, monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
-        yield
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
-def test_gradients_of_both_orders_in_bf16(penalty, training, in_bf16):
-    """A gradient of the gradient goes through the definition, whose sums, too, are of bf16 numbers."""
-    draws = []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        made, input = Discriminator(16, 3, 16).train(training), torch.randn(6, 3, 16, 16)
-        with torch.autocast("cpu", enabled=False):
-            truth = outcome(copy.deepcopy(made).double(), input.double(), "eager", penalty)
-        reset_counts()
-        draws.append((outcome(made, input, "cpu", penalty), outcome(made, input, "eager", penalty), truth))
-        assert counts()["cpu", "convolve"] > 0
-    assert_pooled_as_right_as_torch(draws)
-
-
-def test_recomputing_the_first_block_changes_no_bit_in_bf16(in_bf16):
-    stack, input = ConvStack(*small_networks()["down"]), network_input("down", torch.float32)
-    kept = outcome(stack, input, "cpu")
-    stack.recompute_first = True
-    for one, two in zip(kept, outcome(stack, input, "cpu"), strict=True):
-        assert torch.equal(one, two)
-
-
-def test_two_batches_at_once_are_two_passes_in_bf16(in_bf16):
-    """Bit for bit but for a weight's gradient, whose sum over both is one."""
-    stack, input = ConvStack(*modules(3, 16, 33)), torch.randn(6, 3, 16, 16)
-    got, expected = (outcome(made(stack), input, "cpu") for made in (AsBatches, TwoPasses))
-    for index, (one, two) in enumerate(zip(got, expected, strict=True)):
-        if index >= 2 and one.dim() == 4:  # two sums in fp32, in another order: a few roundings of the largest
-            assert (one - two).abs().max() <= 8 * torch.finfo(one.dtype).eps * two.abs().max()
-        else:
-            assert torch.equal(one, two)
-
-
-def test_batch_norm_in_another_dtype_is_the_librarys(in_bf16):
-    stack = ConvStack(*modules(3, 8))
-    stack[1].to(torch.bfloat16)
-    (layer, *_) = explain(stack, torch.randn(2, 3, 8, 8))
-    assert "BatchNorm's weight is torch.bfloat16, the kernels take torch.float32" in str(layer)
-
-
 def test_what_blocks_pass_on_is_not_what_anyone_keeps():
     """The memory of gradients between blocks is used again: neither gradients that are returned nor those of another
     network's backward pass may lie in it."""
@@ -359,13 +281,6 @@ def test_memory_between_blocks_grows_from_block_to_block():
     for got, given in zip(found, (input, torch.cat([input, input])), strict=True):
         for one, two in zip(got, outcome(stack, given, "cpu"), strict=True):
             assert torch.equal(one, two)
-
-
-def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    with_products_in(torch.float32, monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "the library computes in bfloat16" in why_unfused(torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -417,8 +332,8 @@ def test_a_run_is_one_unit_by_the_tensor_that_reaches_it():
 def test_explain_names_each_block():
     layers = explain(Discriminator(16, 3, 8), torch.randn(2, 3, 16, 16))
     assert [(layer.name, layer.decision.backend) for layer in layers] == [(f"main.{i}", "cpu") for i in (0, 2, 5)]
-    own = f"convolution by {instruction_set(torch.float32)} kernels"
-    assert [layer.decision.reason.partition(", ")[2] for layer in layers] == [own, own, "convolution by the library"]
+    thin, own = (f"convolution by {instruction_set(of)} kernels" for of in ("thin convolution", torch.float32))
+    assert [layer.decision.reason.partition(", ")[2] for layer in layers] == [thin, own, "convolution by the library"]
 
 
 @pytest.mark.parametrize(

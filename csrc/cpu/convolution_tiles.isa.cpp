@@ -226,11 +226,11 @@ void to_weight(const Convolution& c) {
   float* sums = once ? nullptr : scratch<float>(Scratch::sums, k_blocks * c_blocks * tap_count * sum_size);
   for (int64_t first = 0; first < groups; first += step) {
     int64_t count = std::min(step, groups - first);
-    parallel(count, [&](int64_t i) {
-      int64_t image = (first + i) * 2 * units;
+    parallel(2 * count, [&](int64_t task) {
+      int64_t i = task / 2, image = (first + i) * 2 * units;
+      if (task % 2) return rows.read(small, image, a + i * a_group, a_block);
       Pair* to = b + i * large_size;
       unrolled ? patches.read(large, image, to) : copy.read(large, image, 0, blocks, to);
-      rows.read(small, image, a + i * a_group, a_block);
     });
     std::fill_n(b + count * large_size, slack, Pair{});
     parallel(k_blocks * c_blocks, [&](int64_t task) {

@@ -74,8 +74,11 @@ def convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> 
 
 
 def convolution_by(step: Step, operand: Operand, weight: Any) -> str:
-    own = _halves(step) and _own(step.transposed, operand.value, weight)
-    return f"{instruction_set(operand.value.dtype)} kernels" if own else "the library"
+    if not (_halves(step) and _own(step.transposed, operand.value, weight)):
+        return "the library"
+    dtype = operand.value.dtype
+    thin = dtype == torch.float32 and weight.shape[1] <= _THIN
+    return f"{instruction_set('thin convolution' if thin else dtype)} kernels"
 
 
 def _convolve(step: Step, operand: Operand, weight: Any, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -195,6 +198,9 @@ def _halves(step: Step) -> bool:
 # --- convolutions -------------------------------------------------------------------------------------------------
 
 _AUTOMATIC = 0  # Winograd or the direct product, as the kernel sees fit
+
+
+_THIN = 4  # channels of the large side that AMX leaves to AVX-512 in float32: csrc/cpu/convolution.h
 
 
 # A large weight is transformed for each call, and for few pixels of the small side that takes longer than the library
