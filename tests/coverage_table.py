@@ -143,6 +143,7 @@ def checks() -> list[Check]:
     import test_conv_bn_act_cuda_operation
     import test_conv_bn_act_triton
     import test_conv_stack
+    import test_conv_stack_bf16
     import test_cpu_convolution
     import test_gan_bce
     import test_gan_bce_cuda
@@ -164,7 +165,7 @@ def checks() -> list[Check]:
         Check(both, "cpu", test_cpu_convolution.test_both_schemes_compute_the_definition_in_fp64, "channels-last"),
         Check(both, "cpu", test_conv_stack.test_stack_is_the_sequence_in_fp64, "contiguous"),
         Check(both, "cpu", test_conv_stack.test_dcgan_is_as_right_as_eager_in_fp32, "contiguous"),
-        Check(both, "cpu", test_conv_stack.test_autocast_to_bfloat16_is_as_right_as_eager, "contiguous"),
+        Check(both, "cpu", test_conv_stack_bf16.test_autocast_to_bfloat16_is_as_right_as_eager, "contiguous"),
         Check(both, "triton", test_conv_bn_act.test_equal_to_the_modules, "contiguous"),
         Check(both, "triton", test_conv_bn_act_triton.test_kernels_are_as_right_as_pytorch, "channels-last"),
         Check(both, "triton", test_stack_triton.test_stack_is_the_sequence_in_fp64, "contiguous"),
