@@ -57,7 +57,7 @@ def seeds(case: Case) -> range:
     if read == 1 and case.kernel == (1, 1):
         sums = 1  # all channels are one signal, scaled: they are right or wrong together
     alone = case.epilogue == "store" or case.dtype == torch.float64
-    return range(1 if alone else -(-(64 if case.dtype == torch.float32 else 24) // sums))
+    return range(1 if alone else -(-(64 if case.dtype == torch.float32 else 48) // sums))
 
 
 def check(case: Case, each: bool = False) -> None:
