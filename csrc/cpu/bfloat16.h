@@ -45,8 +45,9 @@ FASTGAN_INLINE Vec<float> as_stored(const bfloat16*, Vec<float> v) {
   return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(v)), 16));
 }
 
-// A float is the sum of three numbers of bf16, 24 digits of eight each, but where they underflow. The first is cut off, not
-// rounded, so that it cannot overflow; from infinity it leaves NaN. What is stored in bf16 is one.
+// A float is the sum of three numbers of bf16, 24 digits of eight each. The first is cut off, not rounded, so that it cannot
+// overflow; infinity leaves NaN. Denormal parts, and denormal products of parts, count as 0: results below 1e-30 lose digits.
+// What is stored in bf16 is one number.
 template <class S>
 constexpr int parts = std::is_same_v<S, bfloat16> ? 1 : 3;
 template <class S>
