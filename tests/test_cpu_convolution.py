@@ -315,8 +315,8 @@ def test_scales(scale):
 
 
 def test_numbers_that_are_hardly_any_leave_no_more_error_than_that():
-    """AMX takes denormal numbers for 0. What 1,024 terms lose by it is a small multiple of the least normal number: 24 to
-    49 times that at scales from 1e-36 to 1e-34, where results reach 280 times that and more."""
+    """AMX takes denormal numbers for 0. What 1,024 terms lose by it is a small multiple of the least normal number, 24
+    to 49 times that at scales from 1e-36 to 1e-34, where results reach 280 times that and more."""
     large, small, weight = sides(2, 64, 64, 4, 4, False)
     got, _ = convolve([large * 1e-36], weight, False, small.shape[2:])
     truth = to_small((large * 1e-36).double(), weight.double())
