@@ -314,6 +314,18 @@ def test_scales(scale):
     assert_as_right_as_torch(got, own, truth)
 
 
+@pytest.mark.parametrize("shape", [(64, 32, 32, 16, 16, False), (2, 1024, 16, 2, 4, False)], ids=str)
+def test_long_sums_of_one_sign(shape):
+    """Parts of numbers that were cut off, not rounded, and sums that were not taken in runs, lose what is small."""
+    large, small, weight = (tensor.abs() for tensor in sides(*shape))
+    got, _ = convolve([large], weight, False, small.shape[2:])
+    truth = to_small(large.double(), weight.double())
+    assert_as_right_as_torch(got, to_small(large, weight), truth, "to small")
+    got = torch.ops.fastgan_cpu.weight_gradient(large, None, None, 1.0, small, None, None, 1.0, False, AUTOMATIC)
+    own, truth = gradients(large, small, weight)[1], gradients(large.double(), small.double(), weight.double())[1]
+    assert_as_right_as_torch(got, own, truth, "weight gradient")
+
+
 def test_numbers_that_are_hardly_any_leave_no_more_error_than_that():
     """AMX takes denormal numbers for 0. What 1,024 terms lose by it is a small multiple of the least normal number, 24
     to 49 times that at scales from 1e-36 to 1e-34, where results reach 280 times that and more."""

@@ -195,9 +195,10 @@ def test_joint_batches_train_as_separate_ones(backend, options):
         (lambda d: d.main[0].register_forward_hook(lambda *_: None), [8, 8, 8]),
         (lambda d: nn.utils.parametrizations.spectral_norm(d.main[0]), [8, 8, 8]),
         (lambda d: setattr(d, "main", nn.Sequential(*d.main)), [8, 8, 8]),
+        (lambda d: setattr(d.main, "forward", d.main.forward), [8, 8, 8]),
         (lambda d: setattr(d.main[3], "__class__", type("Mixing", (nn.BatchNorm2d,), {})), [8, 8, 8]),
     ],
-    ids=["own", "dropout", "hook", "spectral norm", "no stack", "derived"],
+    ids=["own", "dropout", "hook", "spectral norm", "no stack", "forward", "derived"],
 )
 def test_batches_are_joined_by_themselves_where_that_changes_nothing(change, images, monkeypatch):
     g, d = networks()
@@ -209,6 +210,16 @@ def test_batches_are_joined_by_themselves_where_that_changes_nothing(change, ima
     seen.clear()
     make_step(g, d, joint=False)(real_batch())
     assert seen == [8, 8, 8]
+
+
+@pytest.mark.parametrize("real", [real_batch().to(torch.uint8), real_batch(size=32)], ids=["uint8", "size"])
+def test_images_that_do_not_fit_are_refused_as_if_apart(real):
+    messages = []
+    for joint in (None, False):
+        with pytest.raises((FastganError, RuntimeError)) as error:
+            make_step(*networks(), joint=joint)(real)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 def test_batches_are_apart_in_steps_with_penalties(monkeypatch):

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/vec.h"
@@ -45,8 +46,8 @@ FASTGAN_INLINE Vec<float> as_stored(const bfloat16*, Vec<float> v) {
   return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(v)), 16));
 }
 
-// A float is the sum of three numbers of bf16, 24 digits of eight each. The first is cut off, not rounded, so that it cannot
-// overflow; infinity leaves NaN. Denormal parts, and denormal products of parts, count as 0: results below 1e-30 lose digits.
+// A float is the sum of three numbers of bf16, 24 digits of eight each. Parts are rounded, so that what is left has either sign
+// and small products do not all push a sum one way; only where rounding would overflow is the first cut off. Infinity leaves NaN. Denormal parts, and denormal products of parts, count as 0: results below 1e-30 lose digits.
 // What is stored in bf16 is one number.
 template <class S>
 constexpr int parts = std::is_same_v<S, bfloat16> ? 1 : 3;
@@ -58,7 +59,9 @@ FASTGAN_INLINE void split(Vec<float> v, Vec<float> (&part)[parts<S>]) {
   if constexpr (parts<S> == 1) {
     part[0] = v;
   } else {
-    part[0] = Vec<float>(_mm512_and_si512(__m512i(v), _mm512_set1_epi32(-0x10000)));
+    Vec<float> cut = Vec<float>(_mm512_and_si512(__m512i(v), _mm512_set1_epi32(-0x10000)));
+    Vec<float> near = as_stored(static_cast<const bfloat16*>(nullptr), v), most = splat(std::numeric_limits<float>::max());
+    part[0] = near > most ? cut : near < -most ? cut : near;
     Vec<float> rest = v - part[0];
     part[1] = as_stored(static_cast<const bfloat16*>(nullptr), rest);
     part[2] = rest - part[1];

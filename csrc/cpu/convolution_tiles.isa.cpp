@@ -16,6 +16,7 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t at_once = 16;               // products that are added up in tiles before their sums go to memory
+constexpr int64_t run_tiles = 64;              // added up by themselves: to a long sum small products are lost
 constexpr int64_t cached_images = 3 << 19;    // bytes of operands and results that a thread has at a time
 constexpr int64_t cached_weights = 4 << 20;   // of weights that every turn of a thread may bring from the last level
 constexpr int64_t cached_gradient = 5 << 18;  // of the operands of a block of a weight's gradient
@@ -241,7 +242,18 @@ void to_weight(const Convolution& c) {
         using Block = Sums<R(), V()>;
         for (int64_t tap = 0; tap < tap_count; tap++) {
           float* to[2] = {sum + tap * sum_size, sum + tap * sum_size + sum_size / 2};
-          first > 0 ? Block::load(to, 2 * tile_columns) : Block::zero();
+          float run[sum_size];
+          float* run_to[2] = {run, run + sum_size / 2};
+          int64_t added = 0;
+          bool fresh = first == 0;
+          auto end_run = [&]() __attribute__((always_inline)) {
+            Block::store(run_to, 2 * tile_columns);
+            asm volatile("" ::: "memory");
+            for (int64_t j = 0; j < sum_size; j++) to[0][j] = fresh ? run[j] : to[0][j] + run[j];
+            fresh = false, added = 0;
+            Block::zero();
+          };
+          Block::zero();
           const Pair* from = a + k * a_block;
           for (int64_t i = 0; i < count; i++) {
             for (int64_t y = 0; y < s.H; y++) {
@@ -249,10 +261,11 @@ void to_weight(const Convolution& c) {
               for (int64_t tile = 0; tile < rows.row_tiles(); tile++, at += tile_rows * line<Pair>, from += rows.tile_size) {
                 Block::template add<parts<S>>(from->of, (from + a_block)->of, 2 * a_part, at->of, (at + block)->of,
                                               2 * large_part);
+                if (++added == run_tiles) end_run();
               }
             }
           }
-          Block::store(to, 2 * tile_columns);
+          end_run();
         }
       });
       if (first + count == groups) write_sums(sum, k * tile_rows, column * tile_columns, depth, unrolled, gradient);
