@@ -245,9 +245,10 @@ def test_relu_stops_gradients_that_are_not_finite():
     assert not sums.any()
 
 
-@pytest.mark.parametrize(("channels", "filters"), [(3, 130), (16, 40), (64, 130)])
+@pytest.mark.parametrize(("channels", "filters"), [(3, 130), (16, 40), (64, 130), (200, 300)])
 def test_bits_do_not_depend_on_the_number_of_threads(channels, filters):
-    """Nor on whether a thread takes images on its own, as one alone does with 5, or all share each product."""
+    """Nor on whether a thread takes images on its own, as one alone does with 5, or all share each product, nor on how
+    many channels of how many images it takes at a time where the weight is large."""
     large, small, weight = sides(5, channels, filters, 8, 8, False)
     constants = activation_constants(channels, torch.float32)
     results = []

@@ -64,7 +64,8 @@ struct Product {
         int64_t pairs = (all + 1) / 2, one = parts<S> * weights.part(column), lines = (one / 32 + pairs - 1) / pairs;
         for (int64_t at = 0; at < depth; at += at_once, b_first += at_once * one) {
           int64_t end = std::min(at + at_once, depth);
-          const bfloat16* next = end < depth ? b_first + (end - at) * one : u + weights.block(first, column + 2);
+          const bfloat16* next_column = column + 2 < weights.tiles ? u + weights.block(first, column + 2) : u + weights.size();
+          const bfloat16* next = end < depth ? b_first + (end - at) * one : next_column;
           for (int64_t tile = 0; tile < all; tile += 2) {
             const bfloat16* a[2] = {places[tile].first, places[tile + 1].first};
             float* c[2] = {places[tile].second + column * tile_columns, places[tile + 1].second + column * tile_columns};
@@ -215,7 +216,8 @@ void to_weight(const Convolution& c) {
   int64_t a_group = rows.tiles() * rows.tile_size;
   int64_t pairs = parts<S> * (std::min<int64_t>(2, blocks) * block + std::min<int64_t>(2, rows.blocks()) * a_group);
   int64_t step = std::clamp<int64_t>(cached_gradient / (pairs * int64_t{sizeof(Pair)}), 1, groups);
-  // What the last tile of a row reads beyond it meets zeros: the next row, which may spread NaN, or behind the copies zeros.
+  // What the last tile of a row reads beyond it meets zeros: the next row or the next channels, which may spread NaN, or behind
+  // the copies zeros.
   int64_t slack = tile_rows * line<Pair>;
   Pair* b = scratch<Pair>(Scratch::large, step * large_size + slack);
   int64_t a_block = step * a_group, a_part = rows.blocks() * a_block;

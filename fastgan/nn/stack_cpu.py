@@ -197,7 +197,7 @@ def _halves(step: Step) -> bool:
 
 # --- convolutions -------------------------------------------------------------------------------------------------
 
-_AUTOMATIC = 0  # Winograd or the direct product, as the kernel sees fit
+_AUTOMATIC = 0  # tiles, Winograd or the direct product, as the kernel sees fit
 
 
 _THIN = 4  # channels of the large side that AMX leaves to AVX-512 in float32: csrc/cpu/convolution.h
