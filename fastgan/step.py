@@ -156,12 +156,12 @@ class GanStep:
         self.images += len(real) * self._count
         return metrics
 
-    def _runs_joint(self, real: Tensor, fake: Tensor, penalised: bool) -> bool:
+    def _runs_joint(self, real: Tensor, fake: Tensor, dtype: torch.dtype, penalised: bool) -> bool:
         if self.joint is not None:
             return self.joint
         # What does not fit is for the discriminator to take or refuse. A penalty is on one half: it would be
         # differentiated through both.
-        fits = real.shape == fake.shape and real.is_floating_point() and real.device.type == "cpu"
+        fits = real.shape == fake.shape and real.dtype == dtype and real.device.type == "cpu"
         return fits and not penalised and _treats_images_apart(self.discriminator)
 
     def _update_discriminator(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ class GanStep:
             real = real.detach().to(dtype).requires_grad_(bool(self.r1))
             fake = fake.to(dtype).requires_grad_(bool(self.r2))
         with _full_precision(real.device) if penalised else self.precision(real.device):
-            if self._runs_joint(real, fake, penalised):
+            if self._runs_joint(real, fake, dtype, penalised):
                 with as_batches(self.discriminator, 2):
                     real_logits, fake_logits = self._logits(torch.cat([real, fake])).chunk(2)
             else:

@@ -212,7 +212,7 @@ def test_batches_are_joined_by_themselves_where_that_changes_nothing(change, ima
     assert seen == [8, 8, 8]
 
 
-@pytest.mark.parametrize("real", [real_batch().to(torch.uint8), real_batch(size=32)], ids=["uint8", "size"])
+@pytest.mark.parametrize("real", [real_batch().to(torch.uint8), real_batch().half(), real_batch(size=32)])
 def test_images_that_do_not_fit_are_refused_as_if_apart(real):
     messages = []
     for joint in (None, False):

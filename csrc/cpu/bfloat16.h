@@ -47,8 +47,9 @@ FASTGAN_INLINE Vec<float> as_stored(const bfloat16*, Vec<float> v) {
 }
 
 // A float is the sum of three numbers of bf16, 24 digits of eight each. Parts are rounded, so that what is left has either sign
-// and small products do not all push a sum one way; only where rounding would overflow is the first cut off. Infinity leaves NaN. Denormal parts, and denormal products of parts, count as 0: results below 1e-30 lose digits.
-// What is stored in bf16 is one number.
+// and small products do not all push a sum one way; only where rounding would overflow is the first cut off. Infinity leaves
+// NaN. Denormal parts, and denormal products of parts, count as 0: results below 1e-30 lose digits. What is stored in bf16 is
+// one number.
 template <class S>
 constexpr int parts = std::is_same_v<S, bfloat16> ? 1 : 3;
 template <class S>

@@ -16,7 +16,7 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 constexpr int64_t at_once = 16;               // products that are added up in tiles before their sums go to memory
-constexpr int64_t run_tiles = 64;              // added up by themselves: to a long sum small products are lost
+constexpr int64_t run_tiles = 64;             // those of a weight's gradient that are summed apart: a long sum loses small ones
 constexpr int64_t cached_images = 3 << 19;    // bytes of operands and results that a thread has at a time
 constexpr int64_t cached_weights = 4 << 20;   // of weights that every turn of a thread may bring from the last level
 constexpr int64_t cached_gradient = 5 << 18;  // of the operands of a block of a weight's gradient
@@ -132,8 +132,8 @@ void to_small(const Convolution& c) {
   Output<float, S> output(c.result, s.N, s.H, s.W, s.K);
   int64_t images = images_together(s.N, s.W), tiles = tiles_of(s.W * images);
   Copy<bfloat16, S> copy{s.N, s.LH, s.LW, s.C, images, 2 * s.H + 2, 2, s.W + 1};
-  Unrolled<bfloat16, S> patches{s, images};
-  bool unrolled = s.C <= patches.most_channels;
+  Unrolled<bfloat16> patches{s, images};
+  bool unrolled = patches.serves<S>();
   int64_t result_pixel = odd_lines(s.K), result_row = tiles * tile_rows * result_pixel;
   Phase phase{s.H, 0, unrolled ? patches.row() : 2 * copy.row(), 0, result_row, {}};
   for (int64_t tap = 0; tap < (unrolled ? 1 : taps); tap++) phase.taps.push_back(unrolled ? 0 : copy.offset(tap / 4, tap % 4));
@@ -141,10 +141,16 @@ void to_small(const Convolution& c) {
                      {phase}, tiles, unrolled ? patches.block() : copy.block(), result_pixel, s.H * result_row};
   run_product(product, s.N, images,
               [&](bfloat16* u) {
-                unrolled ? weights_to_small_unrolled(filters, product.weights, u) : weights_to_small(filters, product.weights, u);
+                if constexpr (parts<S> == 1) {
+                  if (unrolled) return weights_to_small_unrolled(filters, product.weights, u);
+                }
+                weights_to_small(filters, product.weights, u);
               },
               [&](int64_t first, int64_t from, int64_t steps, bfloat16* to) {
-                unrolled ? patches.read(source, first, to) : copy.read(source, first, from, steps, to);
+                if constexpr (parts<S> == 1) {
+                  if (unrolled) return patches.read(source, first, to);
+                }
+                copy.read(source, first, from, steps, to);
               },
               [&](int64_t image, const float* from) {
                 write_image(output.sink, image, s.H, s.W, s.K, from, dense_steps(result_row, images * result_pixel));
@@ -208,9 +214,9 @@ void to_weight(const Convolution& c) {
   Filters<float> gradient{static_cast<float*>(c.result.out), c.K, c.C, c.weight_channels_last};
   int64_t units = images_together((s.N + 1) / 2, s.W), groups = (s.N + 2 * units - 1) / (2 * units);
   Copy<Pair, S> copy{s.N, s.LH, s.LW, s.C, units, 2 * s.H + 2, 2, s.W + 1};
-  Unrolled<Pair, S> patches{s, units};
+  Unrolled<Pair> patches{s, units};
   Transposed<S> rows{s.N, s.H, s.W, s.K, units};
-  bool unrolled = s.C <= patches.most_channels;
+  bool unrolled = patches.serves<S>();
   int64_t block = unrolled ? patches.block() : copy.block(), blocks = unrolled ? patches.blocks() : copy.blocks();
   int64_t large_part = blocks * block, large_size = parts<S> * large_part;
   int64_t a_group = rows.tiles() * rows.tile_size;
@@ -233,7 +239,10 @@ void to_weight(const Convolution& c) {
       int64_t i = task / 2, image = (first + i) * 2 * units;
       if (task % 2) return rows.read(small, image, a + i * a_group, a_block);
       Pair* to = b + i * large_size;
-      unrolled ? patches.read(large, image, to) : copy.read(large, image, 0, blocks, to);
+      if constexpr (parts<S> == 1) {
+        if (unrolled) return patches.read(large, image, to);
+      }
+      copy.read(large, image, 0, blocks, to);
     });
     std::fill_n(b + count * large_size, slack, Pair{});
     parallel(k_blocks * c_blocks, [&](int64_t task) {

@@ -4,7 +4,7 @@
 //
 // Convolutions in fp32 have a copy for AVX-512, with registers of 64 bytes: the same algorithms, twice the products per
 // instruction. On AMX, which multiplies bf16, they are computed by their definition, in fp32 in three parts, but for those of a
-// few channels. Those in bf16 have no other copy: AVX-512's own products of bf16 pairs are, on the processor that was measured,
+// few channels; in bf16 nowhere else: AVX-512's own products of bf16 pairs are, on the processor that was measured,
 // half as many a second as its fp32 ones. gan_bce, which computes much of few numbers, has a copy for AVX-512, too. Everything
 // else waits for memory, where wider registers gain nothing.
 #pragma once
@@ -42,16 +42,6 @@ Isa isa();
   [&] {                                                                      \
     FASTGAN_IF_AVX2(if (isa() != Isa::plain) return avx2::__VA_ARGS__;)      \
     return plain::__VA_ARGS__;                                               \
-  }()
-
-// The same for kernels that compute more than they wait for memory, which have a copy for AVX-512, too.
-#define FASTGAN_DECLARE_WIDE(...) \
-  FASTGAN_DECLARE(__VA_ARGS__)    \
-  FASTGAN_IF_AVX512(namespace avx512 { __VA_ARGS__ })
-#define FASTGAN_DISPATCH_WIDE(...)                                                \
-  [&] {                                                                           \
-    FASTGAN_IF_AVX512(if (isa() >= Isa::avx512) return avx512::__VA_ARGS__;)      \
-    return FASTGAN_DISPATCH(__VA_ARGS__);                                         \
   }()
 
 }  // namespace fastgan::cpu

@@ -134,9 +134,13 @@ struct Copy {
 };
 
 // The large side of few channels: each pixel of the small side with the values (tap, channel) that it meets, in blocks.
-template <class Unit, class S>
+template <class Unit>
 struct Unrolled {
-  static constexpr int64_t most_channels = parts<S> == 1 ? thin_channels : 0;  // in fp32 thin.h is faster
+  // In fp32 thin.h is faster.
+  template <class S>
+  bool serves() const {
+    return parts<S> == 1 && s.C <= thin_channels;
+  }
   Sizes s;
   int64_t units;
 
@@ -145,11 +149,11 @@ struct Unrolled {
   int64_t block() const { return s.H * row(); }
   int64_t blocks() const { return lines<Unit>(depth()); }
 
-  void read(const Source<float, S>& source, int64_t first, Unit* copy) const {
+  void read(const Source<float, bfloat16>& source, int64_t first, Unit* copy) const {
     int64_t count = std::min(units * images_of<Unit>, s.N - first);
-    if (count < units * images_of<Unit>) std::fill_n(copy, parts<S> * blocks() * block(), Unit{});
+    if (count < units * images_of<Unit>) std::fill_n(copy, blocks() * block(), Unit{});
     Frame frame{2 * s.H + 2, 2 * s.W + 2, s.C, 1};
-    S* padded = scratch<S>(Scratch::image, frame.size());
+    bfloat16* padded = scratch<bfloat16>(Scratch::image, frame.size());
     for (int64_t i = 0; i < count; i++) {
       read_image(source, first + i, s.LH, s.LW, s.C, frame, padded);
       Unit* to = copy + i / images_of<Unit> * line<Unit>;
@@ -164,26 +168,20 @@ struct Unrolled {
 
   // Of the `which`-th image of a unit.
   template <int C>
-  void patches(const S* padded, int64_t columns, int64_t which, Unit* to) const {
-    constexpr int64_t count = lines<Unit>(taps * C), reach = 4 * C;
-    int64_t part_size = count * block();
-    S patch[count * line<Unit>] = {};
+  void patches(const bfloat16* padded, int64_t columns, int64_t which, Unit* to) const {
+    constexpr int64_t blocks = lines<Unit>(taps * C), reach = 4 * C;
+    bfloat16 patch[blocks * line<Unit>] = {};
     for (int64_t y = 0; y < s.H; y++) {
       for (int64_t x = 0; x < s.W; x++, to += units * line<Unit>) {
-        const S* corner = padded + (2 * y * columns + 2 * x) * C;
-        for (int ky = 0; ky < 4; ky++) std::copy_n(corner + ky * columns * C, reach, patch + ky * reach);
-        for (int64_t c = 0; c < count * line<Unit>; c += lanes<float>) {
-          Unit* row = to + c / line<Unit> * block() + c % line<Unit>;
-          Parts<S> part;
-          split<S>(load(patch + c), part);
-          FASTGAN_UNROLL for (int p = 0; p < parts<S>; p++, row += part_size) {
-            if constexpr (images_of<Unit> == 1) {
-              store(row, part[p]);
-            } else {
-              __m512i half = _mm512_cvtepu16_epi32(narrowed(part[p]));
-              __m512i pairs = which == 0 ? half : _mm512_or_si512(_mm512_loadu_si512(row), _mm512_slli_epi32(half, 16));
-              std::memcpy(row, &pairs, sizeof pairs);
-            }
+        for (int ky = 0; ky < 4; ky++) std::memcpy(patch + ky * reach, padded + ((2 * y + ky) * columns + 2 * x) * C, 2 * reach);
+        for (int64_t b = 0; b < blocks; b++) {
+          Unit* row = to + b * block();
+          if constexpr (images_of<Unit> == 1) {
+            std::memcpy(row, patch + b * line<Unit>, 64);
+          } else {
+            Vec<float> half = load(patch + b * line<Unit>);  // which stands above zeros
+            __m512i pairs = which == 0 ? _mm512_srli_epi32(__m512i(half), 16) : _mm512_or_si512(_mm512_loadu_si512(row), __m512i(half));
+            std::memcpy(row, &pairs, sizeof pairs);
           }
         }
       }

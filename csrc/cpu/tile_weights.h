@@ -75,7 +75,7 @@ void weights_to_small(const Filters<const float>& w, const TileWeights<S>& t, bf
     Rows<S> rows;
     if (w.channels_last) {
       for (int64_t tap = 4 * quarter; tap < 4 * quarter + 4; tap++) {
-        for (int64_t c = 0; c < t.steps * tile_depth; c += tile_depth) {
+        for (int64_t c = 0; c < w.C; c += tile_depth) {
           for (int i = 0; i < tile_columns; i++) {
             Vec<float> low = channels_at(w, k + i, c, tap), high = channels_at(w, k + i, c + lanes<float>, tap);
             Parts<S> lows, highs;
@@ -98,16 +98,11 @@ void weights_to_small(const Filters<const float>& w, const TileWeights<S>& t, bf
 }
 
 // Depth are (tap, channel) of an image that is unrolled so.
-template <class S>
-void weights_to_small_unrolled(const Filters<const float>& w, const TileWeights<S>& t, bfloat16* u) {
+inline void weights_to_small_unrolled(const Filters<const float>& w, const TileWeights<bfloat16>& t, bfloat16* u) {
   std::fill_n(u, t.size(), bfloat16{});
   for (int64_t k = 0; k < w.K; k++) {
-    int64_t tile = k / tile_columns;
     for (int64_t d = 0; d < taps * w.C; d++) {
-      Parts<S> part;
-      split<S>(splat(*w.at(k, d % w.C, d / w.C)), part);
-      bfloat16* to = u + t.row(0, d / 2, tile) + k % tile_columns * 2 + d % 2;
-      for (int p = 0; p < parts<S>; p++) to[p * t.part(tile)] = narrowed(part[p][0]);
+      u[t.row(0, d / 2, k / tile_columns) + k % tile_columns * 2 + d % 2] = narrowed(*w.at(k, d % w.C, d / w.C));
     }
   }
 }

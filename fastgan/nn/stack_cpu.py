@@ -199,7 +199,6 @@ def _halves(step: Step) -> bool:
 
 _AUTOMATIC = 0  # tiles, Winograd or the direct product, as the kernel sees fit
 
-
 _THIN = 4  # channels of the large side that AMX leaves to AVX-512 in float32: csrc/cpu/convolution.h
 
 
