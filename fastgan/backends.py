@@ -340,15 +340,15 @@ def _undecided(*_: Any) -> None:
 
 
 _SETS = ("plain", "avx2", "avx512", "amx")
-# Which of them the CPU kernels have copies for, of convolutions by dtype (in bf16 none but for AMX), and of what else
-# has more than the usual ones; a thin convolution is one in fp32 that AMX leaves to them.
+# Which of them the CPU kernels have copies for, of convolutions by dtype and of what else has more than the usual ones;
+# a thin convolution is one in fp32 that AMX leaves to the others.
 _USUAL = ("plain", "avx2")
 _COPIES: dict[torch.dtype | str, tuple[str, ...]] = {
     "gan_bce": ("plain", "avx2", "avx512"),
     "thin convolution": ("plain", "avx2", "avx512"),
-    torch.float32: ("plain", "avx2", "avx512", "amx"),
+    torch.float32: _SETS,
+    torch.bfloat16: _SETS,
     torch.float64: _USUAL,
-    torch.bfloat16: ("plain", "amx"),
 }
 
 

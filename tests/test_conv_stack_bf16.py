@@ -1,4 +1,4 @@
-"""ConvStack under autocast to bfloat16: its kernels' products in float32 and, where there is AMX, in bfloat16."""
+"""ConvStack under autocast to bfloat16."""
 
 import copy
 
@@ -8,9 +8,9 @@ from test_conv_stack import AsBatches, TwoPasses, modules, network_input, outcom
 from tolerance import assert_as_right_as_torch, assert_pooled_as_right_as_torch
 
 from fastgan import library
-from fastgan.backends import counts, instruction_set, reset_counts
+from fastgan.backends import counts, reset_counts
 from fastgan.explanation import explain
-from fastgan.nn import Discriminator, Generator, stack_cpu
+from fastgan.nn import Discriminator, Generator, stack
 from fastgan.nn.stack import ConvStack, why_unfused
 
 
@@ -21,23 +21,13 @@ def kernels():
         pytest.skip("this processor has no AVX2: stacks run module by module here")
 
 
-def with_products_in(dtype: torch.dtype, monkeypatch) -> None:
-    """Under autocast to bfloat16 the kernels compute in `dtype`: float32 anywhere, bfloat16 where there is AMX."""
-    if dtype == torch.bfloat16 and instruction_set(torch.bfloat16) == "plain":
-        pytest.skip("products in bfloat16 need AMX")
-    monkeypatch.setattr(stack_cpu, "lower_dtype", lambda: dtype)
-
-
-@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 @pytest.mark.parametrize("network", ["generator", "discriminator"])
-def test_autocast_to_bfloat16_is_as_right_as_eager(network, dtype, products, monkeypatch):
-    with_products_in(products, monkeypatch)
+def test_autocast_to_bfloat16_is_as_right_as_eager(network, dtype):
     torch.manual_seed(7)
     made = Generator(32, 3, 20, 16) if network == "generator" else Discriminator(32, 3, 32)
     input = torch.randn((8, 20) if network == "generator" else (8, 3, 32, 32))
     truth = outcome(copy.deepcopy(made).double(), input.double(), "eager")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     reset_counts()
     with torch.autocast("cpu", dtype):
         got = outcome(made, input, "cpu")
@@ -51,8 +41,7 @@ def test_autocast_to_bfloat16_is_as_right_as_eager(network, dtype, products, mon
 
 
 @pytest.fixture
-def in_bf16(monkeypatch):
-    with_products_in(torch.bfloat16, monkeypatch)
+def in_bf16():
     with torch.autocast("cpu", torch.bfloat16):
         yield
 
@@ -62,7 +51,7 @@ def in_bf16(monkeypatch):
 def test_gradients_of_both_orders_in_bf16(penalty, training, in_bf16):
     """A gradient of the gradient goes through the definition, whose sums, too, are of bf16 numbers."""
     draws = []
-    for seed in range(4):
+    for seed in range(12):  # one activation that changes its sign makes most of the largest error
         torch.manual_seed(seed)
         made, input = Discriminator(16, 3, 16).train(training), torch.randn(6, 3, 16, 16)
         with torch.autocast("cpu", enabled=False):
@@ -99,8 +88,9 @@ def test_batch_norm_in_another_dtype_is_the_librarys(in_bf16):
     assert "BatchNorm's weight is torch.bfloat16, the kernels take torch.float32" in str(layer)
 
 
-def test_where_the_library_computes_in_bfloat16_it_is_left_to(monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    with_products_in(torch.float32, monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "the library computes in bfloat16" in why_unfused(torch.randn(2, 3, 8, 8))
+def test_where_only_the_library_has_amx_it_is_left_to(monkeypatch, in_bf16):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(stack, "instruction_set", lambda of: "avx512")
+    assert "the library multiplies in bfloat16 on AMX" in why_unfused(torch.randn(2, 3, 8, 8))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert why_unfused(torch.randn(2, 3, 8, 8)) is None

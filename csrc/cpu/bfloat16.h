@@ -28,24 +28,56 @@ inline bfloat16 narrowed(float x) {
   return {static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded)};
 }
 
+// bf16 in memory, float in registers.
+typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
+
+FASTGAN_INLINE Vec<float> widened(Halves bits) { return (Vec<float>)(__builtin_convertvector(bits, Words) << 16); }
+
+FASTGAN_INLINE Halves narrowed(Vec<float> v) {
+#if defined(__AVX512BF16__)  // takes denormal numbers for 0, as the instructions that multiply do
+  return (Halves)_mm512_cvtneps_pbh(v);
+#else
+  Words bits = (Words)v, upper = bits >> 16, rounded = (bits + 0x7fff + (upper & 1)) >> 16;
+  return __builtin_convertvector(v != v ? upper | 0x40 : rounded, Halves);
+#endif
+}
+
+FASTGAN_INLINE Vec<float> load(const bfloat16* p) {
+  Halves bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return widened(bits);
+}
+
+FASTGAN_INLINE void store(bfloat16* p, Vec<float> v) {
+  Halves bits = narrowed(v);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+FASTGAN_INLINE Vec<float> load(const bfloat16* p, int64_t n) {
+  if (n >= lanes<float>) return load(p);
+#if defined(__AVX512F__)
+  return widened((Halves)_mm256_maskz_loadu_epi16((1u << n) - 1, p));
+#else
+  Halves bits{};
+  std::memcpy(&bits, p, n * sizeof *p);
+  return widened(bits);
+#endif
+}
+
+FASTGAN_INLINE void store(bfloat16* p, Vec<float> v, int64_t n) {
+  if (n >= lanes<float>) return store(p, v);
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, (__m256i)narrowed(v));
+#else
+  Halves bits = narrowed(v);
+  std::memcpy(p, &bits, n * sizeof *p);
+#endif
+}
+
+FASTGAN_INLINE Vec<float> as_stored(const bfloat16*, Vec<float> v) { return widened(narrowed(v)); }
+
 #if defined(__AVX512BF16__)
-// bf16 in memory, float in registers. The instruction that narrows takes denormal numbers for 0, as those that multiply do.
-FASTGAN_INLINE Vec<float> load(const bfloat16* p, int64_t n = lanes<float>) {
-  __mmask16 some = n >= lanes<float> ? 0xffff : (1u << n) - 1;
-  return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p)), 16));
-}
-
-FASTGAN_INLINE __m256i narrowed(Vec<float> v) { return __m256i(_mm512_cvtneps_pbh(v)); }
-
-FASTGAN_INLINE void store(bfloat16* p, Vec<float> v, int64_t n = lanes<float>) {
-  __mmask16 some = n >= lanes<float> ? 0xffff : (1u << n) - 1;
-  _mm256_mask_storeu_epi16(p, some, narrowed(v));
-}
-
-FASTGAN_INLINE Vec<float> as_stored(const bfloat16*, Vec<float> v) {
-  return Vec<float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(v)), 16));
-}
-
 // A float is the sum of three numbers of bf16, 24 digits of eight each. Parts are rounded, so that what is left has either sign
 // and small products do not all push a sum one way; only where rounding would overflow is the first cut off. Infinity leaves
 // NaN. Denormal parts, and denormal products of parts, count as 0: results below 1e-30 lose digits. What is stored in bf16 is
@@ -71,7 +103,7 @@ FASTGAN_INLINE void split(Vec<float> v, Vec<float> (&part)[parts<S>]) {
 
 // Pairs (a, b) of bf16, one per lane.
 FASTGAN_INLINE Vec<float> paired(Vec<float> a, Vec<float> b) {
-  return Vec<float>(_mm512_or_si512(_mm512_cvtepu16_epi32(narrowed(a)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(b)), 16)));
+  return Vec<float>(_mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)narrowed(a)), _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrowed(b)), 16)));
 }
 #endif
 

@@ -90,8 +90,8 @@ FASTGAN_INLINE Vec<T> operand(const Source<T, S>& s, int64_t C, int64_t at, int6
 }
 
 // `pixels` consecutive pixels from offset `at` on, to out [pixels][out_channels]; channels from C on become 0.
-template <class T, Operand kind, class S>
-void operand_row(const Source<T, S>& s, int64_t C, int64_t at, int64_t pixels, S* out, int64_t out_channels) {
+template <class T, Operand kind, class S, class To>
+void operand_row(const Source<T, S>& s, int64_t C, int64_t at, int64_t pixels, To* out, int64_t out_channels) {
   for (int64_t i = 0; i < pixels; i++, at += C, out += out_channels) {
     int64_t c = 0;
     for (; c + lanes<T> <= C; c += lanes<T>) store(out + c, operand<T, kind>(s, C, at + c, c, lanes<T>));
@@ -104,13 +104,13 @@ void operand_row(const Source<T, S>& s, int64_t C, int64_t at, int64_t pixels, S
 }
 
 // The same for whichever kind of operand it is.
-template <class T, class S>
-void operand_pixels(const Source<T, S>& s, int64_t C, int64_t at, int64_t pixels, S* out, int64_t out_channels) {
+template <class T, class S, class To>
+void operand_pixels(const Source<T, S>& s, int64_t C, int64_t at, int64_t pixels, To* out, int64_t out_channels) {
   switch (s.kind) {
     case Operand::activation: return operand_row<T, Operand::activation>(s, C, at, pixels, out, out_channels);
     case Operand::gradient: return operand_row<T, Operand::gradient>(s, C, at, pixels, out, out_channels);
     case Operand::plain:
-      if (out_channels == C) return (void)std::copy_n(s.a + at, pixels * C, out);
+      if (out_channels == C) C *= pixels, out_channels = C, pixels = 1;
       return operand_row<T, Operand::plain>(s, C, at, pixels, out, out_channels);
   }
 }
@@ -123,17 +123,17 @@ struct Frame {
   int64_t offset(int64_t y, int64_t x) const { return ((y + border) * columns + x + border) * channels; }
 };
 
-template <class T, class S>
-void read_image(const Source<T, S>& source, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, S* copy) {
+template <class T, class S, class To>
+void read_image(const Source<T, S>& source, int64_t image, int64_t H, int64_t W, int64_t C, const Frame& frame, To* copy) {
   Source<T, S> s = of_image(source, image, C);
   int64_t below = frame.rows - frame.border - H, right = frame.columns - frame.border - W;
-  std::fill_n(copy, frame.border * frame.columns * frame.channels, S{});
-  std::fill_n(copy + frame.size() - below * frame.columns * frame.channels, below * frame.columns * frame.channels, S{});
+  std::fill_n(copy, frame.border * frame.columns * frame.channels, To{});
+  std::fill_n(copy + frame.size() - below * frame.columns * frame.channels, below * frame.columns * frame.channels, To{});
   for (int64_t y = 0; y < H; y++) {
-    S* row = copy + frame.offset(y, 0);
+    To* row = copy + frame.offset(y, 0);
     int64_t at = (image * H + y) * W * C;
-    std::fill_n(row - frame.border * frame.channels, frame.border * frame.channels, S{});
-    std::fill_n(row + W * frame.channels, right * frame.channels, S{});
+    std::fill_n(row - frame.border * frame.channels, frame.border * frame.channels, To{});
+    std::fill_n(row + W * frame.channels, right * frame.channels, To{});
     operand_pixels(s, C, at, W, row, frame.channels);
   }
 }
@@ -245,12 +245,7 @@ void write_block(const Sink<T, S>& sink, int64_t image, int64_t H, int64_t W, in
     case Finish::backward:
       return finish_block<T, Finish::backward>(s, in, steps, at, rows, W, C, s.partial + sums);
     case Finish::plain:
-      if constexpr (std::is_same_v<T, S>) {
-        if (steps.is_dense(C)) {
-          for (int64_t r = 0; r < rows; r++) std::copy_n(in + r * steps.row, W * C, s.out + at + r * W * C);
-          return;
-        }
-      }
+      if (steps.is_dense(C)) C *= W, W = 1;
       return store_block(s, in, steps, at, rows, W, C);
   }
 }

@@ -43,8 +43,10 @@ struct Convolution {
 // Without AVX2 convolutions are left to the library (fastgan/nn/stack_cpu.py), so the plain set has no copy.
 // fp64 is for tests, which run derivatives through these kernels: one copy will do. In bf16 both sides are bf16, constants, sums,
 // weight and its gradient fp32.
-FASTGAN_IF_AVX2(namespace avx2 { void run_convolution(const Convolution& c); void run_convolution_fp64(const Convolution& c); })
-FASTGAN_IF_AVX512(namespace avx512 { void run_convolution(const Convolution& c); })
-FASTGAN_IF_AMX(namespace amx { void run_convolution(const Convolution& c); void run_convolution_bf16(const Convolution& c); })
+#define FASTGAN_CONVOLUTIONS void run_convolution(const Convolution& c); void run_convolution_bf16(const Convolution& c);
+FASTGAN_IF_AVX2(namespace avx2 { FASTGAN_CONVOLUTIONS void run_convolution_fp64(const Convolution& c); })
+FASTGAN_IF_AVX512(namespace avx512 { FASTGAN_CONVOLUTIONS })
+FASTGAN_IF_AMX(namespace amx { FASTGAN_CONVOLUTIONS })
+#undef FASTGAN_CONVOLUTIONS
 
 }  // namespace fastgan::cpu

@@ -1,5 +1,6 @@
 // The drivers over a scheme: read and transform the images, multiply, transform back and finish.
 #if defined(__AVX2__) && !defined(__AMX_BF16__)  // without AVX2 convolutions are the library's; the set of AMX has those in bf16
+#include "cpu/bfloat16.h"
 #include "cpu/convolution.h"
 #include "cpu/parallel.h"
 #include "cpu/polyphase.h"
@@ -63,13 +64,13 @@ struct Side {
 };
 
 // From the large side to the small one or, `up`, back.
-template <class T, class Scheme, bool up>
+template <class T, class S, class Scheme, bool up>
 void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>& weight, const ResultView& result) {
   Scheme scheme(s);
   Side large{s.LH, s.LW, s.C, Scheme::phases * scheme.groups, scheme.large}, small{s.H, s.W, s.K, scheme.small_panels, scheme.small};
   const Side &from = up ? small : large, &to = up ? large : small;
-  Source<T> source = source_of<T>(operand);
-  Output<T> output(result, s.N, to.H, to.W, to.C);
+  Source<T, S> source = source_of<T, S>(operand);
+  Output<T, S> output(result, s.N, to.H, to.W, to.C);
   // Where a result has few terms the library's error leaves less room: it sums 4 K of them to the large side, not 16 C.
   int64_t run = (up ? s.K < 256 : s.C < 64) ? short_run_length : run_length;
   int64_t tiles = scheme.tiles(), depth = from.panels * panel<T>;
@@ -147,10 +148,10 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
   output.combine(s.N, to.H, to.W, to.C);
 }
 
-template <class T, class Scheme>
+template <class T, class S, class Scheme>
 void to_weight(const Sizes& s, const OperandView& large, const OperandView& small, const Filters<T>& weight) {
   Scheme scheme(s);
-  Source<T> large_source = source_of<T>(large), small_source = source_of<T>(small);
+  Source<T, S> large_source = source_of<T, S>(large), small_source = source_of<T, S>(small);
   int64_t groups = scheme.groups, outer = Scheme::phases * groups, inner = scheme.small_panels, tiles = scheme.tiles();
   int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (outer + inner), sizeof(T));
   T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * outer);
@@ -188,23 +189,23 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
   }
 }
 
-template <class T>
+template <class T, class S>
 void run_in_place(const Convolution& c, const Sizes& s, const Filters<const T>& weight) {
   Thin<T> thin(s);
   if (c.direction == Direction::to_small) {
-    Output<T> output(c.result, s.N, s.H, s.W, s.K);
-    thin.to_small(source_of<T>(c.large), weight, output.sink);
+    Output<T, S> output(c.result, s.N, s.H, s.W, s.K);
+    thin.to_small(source_of<T, S>(c.large), weight, output.sink);
     output.combine(s.N, s.H, s.W, s.K);
   } else if (c.direction == Direction::to_large) {
-    Output<T> output(c.result, s.N, s.LH, s.LW, s.C);
+    Output<T, S> output(c.result, s.N, s.LH, s.LW, s.C);
     if (c.C <= thin_channels) {
-      thin.to_large(source_of<T>(c.small), weight, output.sink);
+      thin.to_large(source_of<T, S>(c.small), weight, output.sink);
     } else {
-      Polyphase<T>(s).to_large(source_of<T>(c.small), weight, output.sink);
+      Polyphase<T>(s).to_large(source_of<T, S>(c.small), weight, output.sink);
     }
     output.combine(s.N, s.LH, s.LW, s.C);
   } else {
-    thin.to_weight(source_of<T>(c.large), source_of<T>(c.small),
+    thin.to_weight(source_of<T, S>(c.large), source_of<T, S>(c.small),
                    {static_cast<T*>(c.result.out), c.K, c.C, c.weight_channels_last});
   }
 }
@@ -227,20 +228,20 @@ bool use_in_place(const Convolution& c) {
   return c.C <= 16 && c.H * c.W >= 64 && c.C * c.K <= 4096;
 }
 
-template <class T>
+template <class T, class S = T>
 void run(const Convolution& c) {
   Sizes s = sizes_of(c);
   Filters<const T> weight{static_cast<const T*>(c.weight), c.K, c.C, c.weight_channels_last};
-  if (use_in_place(c)) return run_in_place(c, s, weight);
+  if (use_in_place(c)) return run_in_place<T, S>(c, s, weight);
   bool winograd = use_winograd(c);
   switch (c.direction) {
     case Direction::to_small:
-      return winograd ? convolve<T, Winograd<T>, false>(s, c.large, weight, c.result) : convolve<T, Direct<T>, false>(s, c.large, weight, c.result);
+      return winograd ? convolve<T, S, Winograd<T>, false>(s, c.large, weight, c.result) : convolve<T, S, Direct<T>, false>(s, c.large, weight, c.result);
     case Direction::to_large:
-      return convolve<T, Winograd<T>, true>(s, c.small, weight, c.result);
+      return convolve<T, S, Winograd<T>, true>(s, c.small, weight, c.result);
     case Direction::to_weight: {
       Filters<T> gradient{static_cast<T*>(c.result.out), c.K, c.C, c.weight_channels_last};
-      return winograd ? to_weight<T, Winograd<T>>(s, c.large, c.small, gradient) : to_weight<T, Direct<T>>(s, c.large, c.small, gradient);
+      return winograd ? to_weight<T, S, Winograd<T>>(s, c.large, c.small, gradient) : to_weight<T, S, Direct<T>>(s, c.large, c.small, gradient);
     }
   }
 }
@@ -248,6 +249,7 @@ void run(const Convolution& c) {
 }  // namespace
 
 void run_convolution(const Convolution& c) { run<float>(c); }
+void run_convolution_bf16(const Convolution& c) { run<float, bfloat16>(c); }
 #if !defined(__AVX512F__)
 void run_convolution_fp64(const Convolution& c) { run<double>(c); }
 #endif

@@ -57,23 +57,13 @@ FASTGAN_INLINE Vec<T> log_one_plus(Vec<T> e) {
   return (s + s) * sum;
 }
 
-template <class T>
-FASTGAN_INLINE Vec<T> load_wide(const T* p, int64_t n) {
-  return load(p, n);
-}
-FASTGAN_INLINE Vec<float> load_wide(const bfloat16* p, int64_t n) {
-  float wide[lanes<float>] = {};
-  for (int64_t i = 0; i < std::min<int64_t>(n, lanes<float>); i++) wide[i] = widened(p[i]);
-  return load(wide);
-}
-
 // Adds the losses and the sigmoids of n logits to sums[0] and sums[1]: a few of each lane in T, and these in double.
 template <class S, class T>
 void run_task(const S* logits, int64_t n, double target, double share, double* sums, T* gradient) {
   Vec<T> zero{}, one = splat(T(1)), real = splat(T(target)), fake = splat(T(1 - target)), scale = splat(T(share));
   Vec<T> losses{}, beliefs{};
   auto add = [&](int64_t i, int64_t some) __attribute__((always_inline)) {
-    Vec<T> x = load_wide(logits + i, some), size = x < zero ? -x : x, e = exp_minus<T>(size);
+    Vec<T> x = load(logits + i, some), size = x < zero ? -x : x, e = exp_minus<T>(size);
     Vec<T> small = e / (e + one);  // the sigmoid of -|x|, without cancellation
     // -log(sigmoid(x)) = max(-x, 0) + log(1 + e), -log(sigmoid(-x)) = max(x, 0) + log(1 + e)
     Vec<T> loss = log_one_plus<T>(e), belief = x < zero ? small : one - small;

@@ -27,7 +27,8 @@ struct Polyphase {
         small{s.H + 2, s.W + 2, s.K, 1},
         large{s.LH, s.LW, tiles * tile * lanes<T>, 0} {}
 
-  void to_large(const Source<T>& source, const Filters<const T>& weight, const Sink<T>& sink) const {
+  template <class S>
+  void to_large(const Source<T, S>& source, const Filters<const T>& weight, const Sink<T, S>& sink) const {
     T* u = scratch<T>(Scratch::weights, taps * s.K * large.channels);
     parallel(s.K, [&](int64_t k) { weight_to_phases(weight, k, u); });
     int64_t step = std::clamp<int64_t>(pixels_at_once / (s.H * s.W), 1, s.N / (2 * thread_count()) + 1);

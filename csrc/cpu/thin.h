@@ -37,7 +37,8 @@ struct Thin {
         width(registers * lanes<T>),
         groups((s.W + squares) / squares) {}
 
-  const T* read_large(const Source<T>& source, int64_t image) const {
+  template <class S>
+  const T* read_large(const Source<T, S>& source, int64_t image) const {
     T* copy = scratch<T>(Scratch::image, scheme.large.size());
     read_image(source, image, s.LH, s.LW, s.C, scheme.large, copy);
     return copy;
@@ -46,16 +47,20 @@ struct Thin {
   int64_t small_row(int64_t image, int64_t y) const { return (image * s.H + y) * s.W * s.K; }
 
   // Rows y .. y + rows - 1 of the small side, [rows * W][columns].
-  const T* read_small_rows(const Source<T>& source, int64_t image, int64_t y, int64_t rows) const {
+  template <class S>
+  const T* read_small_rows(const Source<T, S>& source, int64_t image, int64_t y, int64_t rows) const {
     int64_t at = small_row(image, y);
-    if (source.kind == Operand::plain && columns == s.K) return source.a + at;
+    if constexpr (std::is_same_v<S, T>) {
+      if (source.kind == Operand::plain && columns == s.K) return source.a + at;
+    }
     T* copy = scratch<T>(Scratch::small, rows * s.W * columns);
     operand_pixels(of_image(source, image, s.K), s.K, at, rows * s.W, copy, columns);
     return copy;
   }
 
-  void to_small(const Source<T>& source, const Filters<const T>& weight, const Sink<T>& sink) const {
-    bool in_place = sink.kind == Finish::plain && columns == s.K;
+  template <class S>
+  void to_small(const Source<T, S>& source, const Filters<const T>& weight, const Sink<T, S>& sink) const {
+    bool in_place = std::is_same_v<S, T> && sink.kind == Finish::plain && columns == s.K;
     T* u = scratch<T>(Scratch::weight, depth * columns);
     scheme.weight_to_small(weight, 0, panels_of_k, 0, depth, u, 0);
     parallel(s.N, [&](int64_t image) {
@@ -63,7 +68,10 @@ struct Thin {
       int64_t step = block_rows(s.W);
       for (int64_t y = 0; y < s.H; y += step) {
         int64_t rows = std::min(step, s.H - y);
-        T* out = in_place ? sink.out + small_row(image, y) : scratch<T>(Scratch::small, rows * s.W * columns);
+        T* out = scratch<T>(Scratch::small, in_place ? 0 : rows * s.W * columns);
+        if constexpr (std::is_same_v<S, T>) {
+          if (in_place) out = sink.out + small_row(image, y);
+        }
         for (int64_t r = 0; r < rows; r++) {
           multiply_rows<T, 2>(large + 2 * (y + r) * line, RowStrides{2 * s.C, reach, line}, u, depth * panel<T>, depth, depth,
                               out + r * s.W * columns, columns, panel<T>, panels_of_k, s.W, false);
@@ -73,7 +81,8 @@ struct Thin {
     });
   }
 
-  void to_large(const Source<T>& source, const Filters<const T>& weight, const Sink<T>& sink) const {
+  template <class S>
+  void to_large(const Source<T, S>& source, const Filters<const T>& weight, const Sink<T, S>& sink) const {
     T* u = scratch<T>(Scratch::weight, points * s.K * width);
     weight_to_row_points(weight, u);
     // As many rows at once as a tile has, where they are short.
@@ -133,7 +142,8 @@ struct Thin {
   }
 
   // To squares [count][squares][width], while memory brings `next`.
-  void multiply_row_points(const T* v, const T* u, int64_t count, const T* next, T* to) const {
+  template <class S>
+  void multiply_row_points(const T* v, const T* u, int64_t count, const S* next, T* to) const {
     int64_t step = micro_rows<1> / tile_registers();
     Ahead ahead;
     ahead.add(next, count * squares * s.K);
@@ -189,7 +199,8 @@ struct Thin {
     }
   }
 
-  void to_weight(const Source<T>& large_source, const Source<T>& small_source, const Filters<T>& weight) const {
+  template <class S>
+  void to_weight(const Source<T, S>& large_source, const Source<T, S>& small_source, const Filters<T>& weight) const {
     int64_t size = depth * columns;  // of the sums of one image; as many are kept, to be added in their order, as caches hold
     int64_t together = std::clamp<int64_t>((int64_t{8} << 20) / (size * sizeof(T)), 16, 128);
     T* sums = scratch<T>(Scratch::partial, std::min(s.N, together) * size);
@@ -201,7 +212,8 @@ struct Thin {
   }
 
   // To sums [depth][columns].
-  void sum_image(const Source<T>& large_source, const Source<T>& small_source, int64_t image, T* sums) const {
+  template <class S>
+  void sum_image(const Source<T, S>& large_source, const Source<T, S>& small_source, int64_t image, T* sums) const {
     int64_t across = std::min<int64_t>(s.W, run_length), down = std::max<int64_t>(1, run_length / s.W);  // pixels of one run
     const T* large = read_large(large_source, image);
     for (int64_t y = 0; y < s.H; y += down) {

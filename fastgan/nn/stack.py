@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backends
+from fastgan.backends import instruction_set
 from fastgan.nn.blocks import Block, is_plain_module, parts, run_block, run_norm, why_apart
 from fastgan.nn.unit import run_blocks
 
@@ -20,16 +21,16 @@ class ConvStack(nn.Sequential):
     """`nn.Sequential(Conv2d | ConvTranspose2d, [BatchNorm2d], [LeakyReLU | ReLU], ...)`, faster.
 
     Construction, `state_dict`, indexing and results are those of `nn.Sequential`; running statistics are updated once
-    per forward. On CPU (float32 with AVX2; bfloat16, under autocast, with AMX), and on CUDA where
+    per forward. On CPU (float32 and, under autocast, bfloat16, with AVX2), and on CUDA where
     `fastgan.use_backend("triton")` asks for it (its convolutions are not measured against the library's yet), each run
     of blocks is one differentiable unit of fastgan's kernels: BatchNorm and activation are applied while the next
     convolution reads its input. Any other module, and a block whose modules have hooks, parametrisations or a type of
     their own, runs as it is; on other devices and dtypes and in compiled code each block runs as `conv_bn_act` or
     `conv_transpose_bn_act`.
 
-    Under autocast to bfloat16 on a CPU without AMX the blocks are the library's; where even the library only emulates
-    that type, the kernels compute in float32 and the result is rounded: more precise and faster than eager there, with
-    float32 kept for backward.
+    Under autocast to bfloat16 a CPU's kernels store that type; with AMX they multiply in it, else in float32, which is
+    more precise and, where the library has no AMX either, faster than eager. (Where only the library has AMX, blocks
+    are left to it.)
 
     `nn.SyncBatchNorm` (`nn.SyncBatchNorm.convert_sync_batchnorm`) normalises over all processes, on CPUs too.
     Differentiable any number of times: a gradient of the gradient is taken through the definition.
@@ -133,8 +134,7 @@ def _run_as_units(blocks: list[Block], input: Tensor, recompute_first: bool, bat
             input = torch.cat([_run_by_operations(stretch, batch, why) for batch in _cut(input, batches)])
         elif kernels.BACKEND == "cpu" and torch.is_autocast_enabled("cpu"):
             with torch.autocast("cpu", enabled=False):
-                result = run(input.to(kernels.lower_dtype()))
-            input = result.to(torch.get_autocast_dtype("cpu"))
+                input = run(input.to(torch.bfloat16))
         else:
             input = run(input)
     return input
@@ -173,9 +173,8 @@ def _why_not_cpu(input: Tensor) -> str | None:
 
     if (reason := stack_cpu.why_not()) is not None:
         return reason
-    in_float32 = stack_cpu.lower_dtype() == torch.float32
-    if autocast and in_float32 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "the library computes in bfloat16 here, the kernels, for want of AMX, in float32"
+    if autocast and instruction_set(torch.bfloat16) != "amx" and torch.cpu._is_amx_tile_supported():
+        return "the library multiplies in bfloat16 on AMX here, the kernels without"
     if input.dtype in (torch.float32, torch.float64) or (autocast and input.dtype == torch.bfloat16):
         return None
     return f"the kernels take float32 and, under autocast, bfloat16, the input is {input.dtype}"

@@ -32,9 +32,10 @@ def why_not() -> str | None:
 
 
 @cache
-def lower_dtype() -> torch.dtype:
-    """In which the kernels compute under autocast to bfloat16."""
-    return torch.float32 if instruction_set(torch.bfloat16) == "plain" else torch.bfloat16
+def _library_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the library computes on images of `dtype`: without AMX its products in bfloat16 are no faster than in
+    float32, and 50 times slower where it emulates them."""
+    return torch.float32 if dtype == torch.bfloat16 and instruction_set(dtype) != "amx" else dtype
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -245,22 +246,23 @@ def _images(rows: Tensor, weight: Tensor, large: bool) -> Tensor:
 
 
 def _library_convolution(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
+    stored, dtype = input.dtype, _library_dtype(input.dtype)
+    input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if bias is None and _is_product(step, input, weight):
         matrix = _matrix(weight)
         y = _images(_matrix(input) @ (matrix if step.transposed else matrix.t()), weight, step.transposed)
     else:
         y = torch.convolution(input, weight, bias, *convolution_arguments(step))
-    return channels_last(y)
+    return channels_last(y).to(stored)
 
 
 def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tensor, mask) -> list[Tensor | None]:
     """Gradients of input (channels-last), weight and bias by the library; `input` matters only for the weight's."""
-    dy = gradient.value
-    weight = weight.to(dy.dtype)
+    dy, stored = gradient.value, input.dtype
     if gradient.constants is not None:
         count("cpu", "block_backward")
         dy = _by_sets(torch.ops.fastgan_cpu.block_backward, dy, gradient.second, None, gradient.constants, 1.0)
+    input, dy, weight = (tensor.to(_library_dtype(stored)) for tensor in (input, dy, weight))
     if not mask[2] and _is_product(step, input, weight):
         rows, flat, matrix = _matrix(input), _matrix(dy), _matrix(weight)
         left, right = (rows, flat) if step.transposed else (flat, rows)
@@ -269,11 +271,13 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
             if mask[0]
             else None
         )
-        dw = _images(left.t() @ right, weight, True) if mask[1] else None
-        return [None if dx is None else channels_last(dx), dw, None]
-    bias_size = [dy.shape[1]] if mask[2] else None
-    dx, dw, db = torch.ops.aten.convolution_backward(dy, input, weight, bias_size, *convolution_arguments(step), mask)
-    return [None if dx is None else channels_last(dx), dw, db]
+        dw, db = _images(left.t() @ right, weight, True) if mask[1] else None, None
+    else:
+        bias_size = [dy.shape[1]] if mask[2] else None
+        dx, dw, db = torch.ops.aten.convolution_backward(
+            dy, input, weight, bias_size, *convolution_arguments(step), mask
+        )
+    return [None if dx is None else channels_last(dx).to(stored), dw, db]
 
 
 def _is_channels_last(weight: Tensor) -> bool:
