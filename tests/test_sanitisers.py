@@ -11,7 +11,10 @@ import pytest
 from fastgan import build
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1"
-TESTS = ["test_adam_ema.py", "test_bn_act_cpu.py", "test_cpu_convolution.py", "test_cpu_convolution_bf16.py"]
+CONVOLUTIONS = ["test_cpu_convolution.py", "test_cpu_convolution_bf16.py"]
+TESTS = ["test_adam_ema.py", "test_bn_act_cpu.py", *CONVOLUTIONS]
+# Sanitisers do not see what AMX reads and writes; tiles in software they do, on a processor without AMX, too.
+TILES = f"-include {Path(__file__).with_name('software_tiles.h')}"
 BUILD = "import conftest; from fastgan import library; library.build_just_in_time('cpu', 'it is sanitised')"
 # A tail of a few elements, read and written as a whole register.
 PLANTED = "adam_ema.isa.cpp", "update(of, i, end - i, factors);", "update(of, i, lanes<T>, factors);"
@@ -32,11 +35,11 @@ def compilers_library(name: str) -> Path:
     return path.resolve()
 
 
-def run_sanitised(workshop, test: str) -> subprocess.CompletedProcess:
+def run_sanitised(workshop, test: str, flags: str = FLAGS, **more: str) -> subprocess.CompletedProcess:
     # Python itself is not instrumented: the sanitiser must be there first, with the C++ library of the exceptions.
     preloaded = f"{compilers_library('libasan.so')} {compilers_library('libstdc++.so.6')}"
     tests = workshop.folder / "tests"
-    environment = os.environ | {"CXXFLAGS": FLAGS, "FASTGAN_JIT": "1", "PYTHONPATH": str(workshop.folder)}
+    environment = os.environ | {"CXXFLAGS": flags, "FASTGAN_JIT": "1", "PYTHONPATH": str(workshop.folder)} | more
     # Built beforehand: with the sanitiser preloaded the compiler, too, would take several times as long.
     subprocess.run([sys.executable, "-c", BUILD], cwd=tests, env=environment, check=True)
     # What Python leaves to the system at its end is no leak.
@@ -51,6 +54,15 @@ def run_sanitised(workshop, test: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("test", TESTS)
 def test_clean(workshop, test):
     done = run_sanitised(workshop, test)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("test", CONVOLUTIONS)
+def test_tiles_in_software_are_clean(workshop, test):
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip("this processor has no AVX-512 BF16, whose conversions the kernels on AMX use")
+    done = run_sanitised(workshop, test, f"{FLAGS} {TILES}", FASTGAN_CPU="amx")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert " passed" in done.stdout
 
