@@ -7,6 +7,11 @@
 #include "cpu/schemes.h"
 #include "cpu/scratch.h"
 #include "cpu/thin.h"
+#if defined(__AVX512F__)
+#include "cpu/thin_shares.h"
+#else
+#include "cpu/thin_squares.h"
+#endif
 #include "cpu/views.h"
 
 namespace fastgan::cpu::FASTGAN_ISA {
@@ -199,7 +204,7 @@ void run_in_place(const Convolution& c, const Sizes& s, const Filters<const T>& 
   } else if (c.direction == Direction::to_large) {
     Output<T, S> output(c.result, s.N, s.LH, s.LW, s.C);
     if (c.C <= thin_channels) {
-      thin.to_large(source_of<T, S>(c.small), weight, output.sink);
+      ThinToLarge<T>(s).to_large(source_of<T, S>(c.small), weight, output.sink);
     } else {
       Polyphase<T>(s).to_large(source_of<T, S>(c.small), weight, output.sink);
     }
