@@ -54,17 +54,17 @@ struct TransposedStrides {
 };
 
 // One run of one register tile: c[R][V registers] (+)= sum over k < depth of a(row, k) * b[k][V]; rows of b and c are b_k
-// and c_row apart. Meanwhile memory brings a register of `next` for each k, where there is any.
+// and c_row apart. Meanwhile memory brings `bytes` of `next` for each k, where there is any.
 template <class T, int R, int V = 2, class At, class Next = std::nullptr_t>
 FASTGAN_INLINE void micro_run(const T* a, const At& at, const T* b, int64_t b_k, int64_t depth, T* c, int64_t c_row,
-                              bool accumulate, Next next = nullptr) {
+                              bool accumulate, Next next = nullptr, int64_t bytes = 0) {
   Vec<T> sum[R][V] = {};
   for (int64_t outer = 0; outer < depth; outer += at.segment, a += at.jump) {
     int64_t count = std::min<int64_t>(at.segment, depth - outer);
     const T* ak = a;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < count; k++, ak += at.k, b += b_k) {
-      if constexpr (!std::is_null_pointer_v<Next>) __builtin_prefetch(next), next += lanes<T>;
+      if constexpr (!std::is_null_pointer_v<Next>) __builtin_prefetch(next), next += bytes;
       Vec<T> bk[V];
       FASTGAN_UNROLL for (int v = 0; v < V; v++) bk[v] = load(b + v * lanes<T>);
       FASTGAN_UNROLL for (int r = 0; r < R; r++) {
@@ -117,6 +117,12 @@ struct Ahead {
 struct Nothing {
   void operator()() const {}
 };
+// The same, evenly: so many bytes for each of A's values.
+struct Stream {
+  const char* from;
+  int64_t bytes;
+  void operator()() const {}
+};
 
 // c (+)= A b for `columns` panels, of V registers: `rows` rows of A, b [columns][depth][panel] with panels `b_stride` apart,
 // rows of c c_row and its panels `c_stride` apart; summed in runs of `run`, whole segments of A. A run of A serves all columns
@@ -141,8 +147,11 @@ FASTGAN_INLINE void multiply_rows(const T* a, const At& at, const T* b, int64_t 
           const T* from = a + row * at.row;
           T* to = c + row * c_row + j * c_stride;
           if constexpr (far) {
-            const T* share_of_next = i < V ? next + i * deep * lanes<T> : panel_of_b;
-            micro_run<T, R(), V>(from, at, panel_of_b, V * lanes<T>, deep, to, c_row, accumulate, share_of_next);
+            const char* share_of_next = reinterpret_cast<const char*>(i < V ? next + i * deep * lanes<T> : panel_of_b);
+            micro_run<T, R(), V>(from, at, panel_of_b, V * lanes<T>, deep, to, c_row, accumulate, share_of_next, vector_bytes);
+          } else if constexpr (std::is_same_v<std::remove_cvref_t<Between>, Stream>) {
+            const char* share = between.from + (row * depth + k * count) * between.bytes;
+            micro_run<T, R(), V>(from, at, panel_of_b, V * lanes<T>, deep, to, c_row, accumulate, share, count * between.bytes);
           } else {
             micro_run<T, R(), V>(from, at, panel_of_b, V * lanes<T>, deep, to, c_row, accumulate);
           }

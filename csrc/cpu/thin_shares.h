@@ -36,9 +36,7 @@ struct ThinToLarge {
         if (count > 0) {
           int64_t pixels = count * s.W;
           const T* small = thin.read_small_rows(source, image, y, count);
-          Ahead ahead;
-          ahead.add(source.a + thin.small_row(image, y + count), pixels * s.K);
-          if (source.b) ahead.add(source.b + thin.small_row(image, y + count), pixels * s.K);
+          Stream ahead{reinterpret_cast<const char*>(source.a + thin.small_row(image, y + count)), sizeof(S)};
           switch (s.C) {
             case 1: multiply<1>(small, u, pixels, shares, ahead); break;
             case 3: multiply<3>(small, u, pixels, shares, ahead); break;
@@ -68,9 +66,8 @@ struct ThinToLarge {
   }
 
   template <int V>
-  void multiply(const T* small, const T* u, int64_t pixels, T* shares, Ahead& ahead) const {
+  void multiply(const T* small, const T* u, int64_t pixels, T* shares, const Stream& ahead) const {
     constexpr int64_t tile = V * lanes<T>;
-    ahead.spread((pixels + micro_rows<V> - 1) / micro_rows<V> * ((s.K + run_length - 1) / run_length) * registers / V);
     multiply_rows<T, V>(small, RowStrides{thin.columns, run_length, run_length}, u, s.K * tile, s.K, run_length, shares, width, tile,
                         registers / V, pixels, false, ahead);
   }
