@@ -17,9 +17,9 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-// Images whose operands (`per_image` elements each) together stay within the last-level cache.
-int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size) {
-  constexpr int64_t budget = 8 << 20;
+// Images whose operands (`per_image` elements each) together stay within the last-level cache, or within `budget` bytes.
+constexpr int64_t cached = 8 << 20;
+int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size, int64_t budget = cached) {
   return std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
 }
 
@@ -158,7 +158,11 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
   Scheme scheme(s);
   Source<T, S> large_source = source_of<T, S>(large), small_source = source_of<T, S>(small);
   int64_t groups = scheme.groups, outer = Scheme::phases * groups, inner = scheme.small_panels, tiles = scheme.tiles();
-  int64_t per_tile = Scheme::points * panel<T>, step = images_at_once(s.N, tiles * per_tile * (outer + inner), sizeof(T));
+  int64_t per_tile = Scheme::points * panel<T>;
+  // Each turn brings all sums and writes all operands: as much of either, where last levels are slow.
+  int64_t sums_size = outer * inner * per_tile * panel<T> * static_cast<int64_t>(sizeof(T));
+  int64_t budget = std::clamp(sums_size, vector_bytes == 64 ? int64_t{3} << 20 : cached, cached);
+  int64_t step = images_at_once(s.N, tiles * per_tile * (outer + inner), sizeof(T), budget);
   T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * outer);
   T* y = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * inner);
   constexpr int64_t together = 4;  // panels of K whose blocks are summed side by side, so that they stay in cache
