@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_conv_stack import AsBatches, TwoPasses, modules, network_input, outcome, small_networks
 from tolerance import assert_as_right_as_torch, assert_pooled_as_right_as_torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan import library
-from fastgan.backends import counts, reset_counts
+from fastgan.backends import counts, instruction_set, reset_counts
 from fastgan.explanation import explain
 from fastgan.nn import Discriminator, Generator, stack
 from fastgan.nn.stack import ConvStack, why_unfused
@@ -94,3 +95,30 @@ def test_where_only_the_library_has_amx_it_is_left_to(monkeypatch, in_bf16):
     assert "the library multiplies in bfloat16 on AMX" in why_unfused(torch.randn(2, 3, 8, 8))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert why_unfused(torch.randn(2, 3, 8, 8)) is None
+
+
+class ConvolutionDtypes(TorchDispatchMode):
+    """The dtypes of all tensors that PyTorch's convolutions and matrix products take."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (
+            torch.ops.aten.convolution,
+            torch.ops.aten.convolution_backward,
+            torch.ops.aten.mm,
+        ):
+            self.found |= {argument.dtype for argument in args if isinstance(argument, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("penalty", [False, True], ids=["first", "second"])
+def test_what_is_the_librarys_is_multiplied_in_float32_without_amx(penalty, in_bf16):
+    """Where there is no instruction for bfloat16 it would take fifty times as long."""
+    expected = torch.bfloat16 if instruction_set(torch.bfloat16) == "amx" else torch.float32
+    stack = ConvStack(torch.nn.Conv2d(3, 8, 3, 1, 1), *modules(8, 16), torch.nn.Conv2d(16, 1, 8, bias=False))
+    with ConvolutionDtypes() as seen:
+        outcome(stack, torch.randn(2, 3, 16, 16), "cpu", penalty)
+    assert seen.found == {expected}

@@ -1,5 +1,5 @@
 // The drivers over a scheme: read and transform the images, multiply, transform back and finish.
-#if defined(__AVX2__) && !defined(__AMX_BF16__)  // without AVX2 convolutions are the library's; the set of AMX has those in bf16
+#if defined(__AVX2__) && !defined(__AMX_BF16__)  // without AVX2 convolutions are the library's; AMX has convolution_tiles.isa.cpp
 #include "cpu/bfloat16.h"
 #include "cpu/convolution.h"
 #include "cpu/parallel.h"

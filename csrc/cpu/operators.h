@@ -12,11 +12,12 @@ namespace fastgan::cpu {
 // The instruction set whose kernels run here: "plain", "avx2", "avx512" or "amx".
 std::string instruction_set();
 
-// A 4x4 stride-2 padding-1 convolution with weight [K, C, 4, 4] (contiguous or channels-last) from its large side [N, C, 2H, 2W] to its small side
-// [N, K, H, W], or, to_large, its transpose; what is done to operand and result on the way stands in block.h. In bf16 (AMX) there is one scheme, the automatic one. Returns
-// the result and its sums [2 * sets, channels]: `statistics` says of how many equal parts of the batch, 0 for none; with
-// output_y it is as many as its constants [4 * sets, channels] are for. A `passing` result is overwritten by the next but one
-// that this thread makes, which the input may be.
+// A 4x4 stride-2 padding-1 convolution with weight [K, C, 4, 4] (contiguous or channels-last) from its large side
+// [N, C, 2H, 2W] to its small side [N, K, H, W], or, to_large, its transpose; what is done to operand and result on the way
+// stands in block.h. AMX is used under the automatic scheme alone. Returns the result and its sums [2 * sets, channels]:
+// `statistics` says of how many equal parts of the batch, 0 for none; with output_y it is as many as its constants
+// [4 * sets, channels] are for. A `passing` result is overwritten by the next but one that this thread makes, which the input
+// may be.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> convolve(
     torch::stable::Tensor input, std::optional<torch::stable::Tensor> second, std::optional<torch::stable::Tensor> constants,
     double slope, torch::stable::Tensor weight, bool to_large, int64_t height, int64_t width, int64_t statistics,

@@ -68,15 +68,16 @@ struct ThinToLarge {
   template <int V>
   void multiply(const T* small, const T* u, int64_t pixels, T* shares, const Stream& ahead) const {
     constexpr int64_t tile = V * lanes<T>;
-    multiply_rows<T, V>(small, RowStrides{thin.columns, run_length, run_length}, u, s.K * tile, s.K, run_length, shares, width, tile,
-                        registers / V, pixels, false, ahead);
+    multiply_rows<T, V>(small, RowStrides{thin.columns, run_length, run_length}, u, s.K * tile, s.K, run_length, shares, width,
+                        tile, registers / V, pixels, false, ahead);
   }
 
   // Two rows of the padded image, of what the rows of the small side above and below them give. What a register writes too far,
   // the next one overwrites.
   void add_shares(const T* above, const T* below, T* to) const {
     const int64_t reach = 4 * s.C, pair = 2 * s.C, width = this->width;
-    __m512i next = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(pair));
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i next = _mm512_add_epi32(lane, _mm512_set1_epi32(pair));
     for (int64_t i = 0; i < 2; i++, above += reach, below += reach, to += thin.line) {
       const T *upper = above + 2 * reach, *lower = below;
       T* out = to;

@@ -22,7 +22,11 @@ struct ThinToLarge {
   int64_t registers, width, groups;  // of [ky][kx % 2][c]: in registers, in values; groups of squares that cover a row
 
   explicit ThinToLarge(const Sizes& s)
-      : thin(s), s(s), registers((8 * s.C + lanes<T> - 1) / lanes<T>), width(registers * lanes<T>), groups((s.W + squares) / squares) {}
+      : thin(s),
+        s(s),
+        registers((8 * s.C + lanes<T> - 1) / lanes<T>),
+        width(registers * lanes<T>),
+        groups((s.W + squares) / squares) {}
 
   template <class S>
   void to_large(const Source<T, S>& source, const Filters<const T>& weight, const Sink<T, S>& sink) const {
@@ -122,8 +126,8 @@ struct ThinToLarge {
   void multiply_tiles(const T* v, const T* u, int64_t rows, T* to, bool accumulate) const {
     constexpr int64_t tile = V * lanes<T>;
     if constexpr (V == 2 || tile == 8 || tile == 24) {  // no number of channels leads elsewhere
-      multiply_rows<T, V>(v, RowStrides{thin.columns, run_length, run_length}, u, s.K * tile, s.K, run_length, to, squares * width, tile,
-                          registers / V, rows, accumulate);
+      multiply_rows<T, V>(v, RowStrides{thin.columns, run_length, run_length}, u, s.K * tile, s.K, run_length, to, squares * width,
+                          tile, registers / V, rows, accumulate);
     } else {
       __builtin_unreachable();
     }

@@ -32,7 +32,7 @@ def why_not() -> str | None:
 
 
 @cache
-def _library_dtype(dtype: torch.dtype) -> torch.dtype:
+def library_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which the library computes on images of `dtype`: without AMX its products in bfloat16 are no faster than in
     float32, and 50 times slower where it emulates them."""
     return torch.float32 if dtype == torch.bfloat16 and instruction_set(dtype) != "amx" else dtype
@@ -246,7 +246,7 @@ def _images(rows: Tensor, weight: Tensor, large: bool) -> Tensor:
 
 
 def _library_convolution(step: Step, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    stored, dtype = input.dtype, _library_dtype(input.dtype)
+    stored, dtype = input.dtype, library_dtype(input.dtype)
     input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if bias is None and _is_product(step, input, weight):
         matrix = _matrix(weight)
@@ -262,7 +262,9 @@ def _library_backward(step: Step, input: Tensor, gradient: Operand, weight: Tens
     if gradient.constants is not None:
         count("cpu", "block_backward")
         dy = _by_sets(torch.ops.fastgan_cpu.block_backward, dy, gradient.second, None, gradient.constants, 1.0)
-    input, dy, weight = (tensor.to(_library_dtype(stored)) for tensor in (input, dy, weight))
+    dtype = library_dtype(stored)
+    dy, weight = dy.to(dtype), weight.to(dtype)
+    input = input.to(dtype) if mask[1] else torch.empty_like(input, dtype=dtype)
     if not mask[2] and _is_product(step, input, weight):
         rows, flat, matrix = _matrix(input), _matrix(dy), _matrix(weight)
         left, right = (rows, flat) if step.transposed else (flat, rows)

@@ -19,6 +19,11 @@ from fastgan.ops.conv_bn_act_eager import Geometry
 BACKEND = "triton"
 
 
+def library_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the library computes on images of `dtype`."""
+    return dtype
+
+
 def why_not_block(block: Block, input: Tensor) -> str | None:
     """Why the kernels do not run a block on `input`; None: they do."""
     if isinstance(block.norm, nn.SyncBatchNorm):

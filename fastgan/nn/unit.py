@@ -266,10 +266,11 @@ def _definition_gradient(run, input, parameters, grad_output, needed) -> list[Te
 
 def _definition(run: _Run, z: Tensor, parameters) -> Tensor:
     """The blocks in plain PyTorch, statistics recomputed and running ones left alone."""
+    z, dtype = z.to(run.dtype), run.kernels.library_dtype(run.dtype)
     for index, step in enumerate(run.steps):
         weight, bias, gamma, beta = parameters[_PARAMETERS * index : _PARAMETERS * (index + 1)]
-        z, weight = z.to(run.dtype), weight.to(run.dtype)
-        bias = None if bias is None else bias.to(run.dtype)
+        z, weight = z.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         z = torch.convolution(z, weight, bias, *convolution_arguments(step))
         if step.norm is not None:
             norm = step.norm
@@ -283,7 +284,7 @@ def _definition(run: _Run, z: Tensor, parameters) -> Tensor:
                 z = definition(z, gamma, beta, norm.values, norm.eps, 1.0, norm.group)
         if step.slope != 1.0:
             z = F.leaky_relu(z, step.slope) if step.slope else F.relu(z)
-    return z
+    return z.to(run.dtype)
 
 
 def convolution_arguments(step: Step) -> tuple:
