@@ -8,10 +8,10 @@ from test_conv_stack import AsBatches, TwoPasses, modules, network_input, outcom
 from tolerance import assert_as_right_as_torch, assert_pooled_as_right_as_torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgan import library
+from fastgan import backends, library
 from fastgan.backends import counts, instruction_set, reset_counts
 from fastgan.explanation import explain
-from fastgan.nn import Discriminator, Generator, stack
+from fastgan.nn import Discriminator, Generator
 from fastgan.nn.stack import ConvStack, why_unfused
 
 
@@ -91,7 +91,7 @@ def test_batch_norm_in_another_dtype_is_the_librarys(in_bf16):
 
 def test_where_only_the_library_has_amx_it_is_left_to(monkeypatch, in_bf16):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(stack, "instruction_set", lambda of: "avx512")
+    monkeypatch.setattr(backends, "instruction_set", lambda of: "avx512")
     assert "the library multiplies in bfloat16 on AMX" in why_unfused(torch.randn(2, 3, 8, 8))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert why_unfused(torch.randn(2, 3, 8, 8)) is None

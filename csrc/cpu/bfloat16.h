@@ -13,21 +13,6 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-inline float widened(bfloat16 x) {
-  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline bfloat16 narrowed(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  return {static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded)};
-}
-
 // bf16 in memory, float in registers.
 typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
@@ -38,6 +23,7 @@ FASTGAN_INLINE Halves narrowed(Vec<float> v) {
 #if defined(__AVX512BF16__)  // takes denormal numbers for 0, as the instructions that multiply do
   return (Halves)_mm512_cvtneps_pbh(v);
 #else
+  // To nearest, ties to even; NaN stays one.
   Words bits = (Words)v, upper = bits >> 16, rounded = (bits + 0x7fff + (upper & 1)) >> 16;
   return __builtin_convertvector(v != v ? upper | 0x40 : rounded, Halves);
 #endif
@@ -103,7 +89,7 @@ FASTGAN_INLINE void split(Vec<float> v, Vec<float> (&part)[parts<S>]) {
 
 // Pairs (a, b) of bf16, one per lane.
 FASTGAN_INLINE Vec<float> paired(Vec<float> a, Vec<float> b) {
-  return Vec<float>(_mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)narrowed(a)), _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)narrowed(b)), 16)));
+  return (Vec<float>)(__builtin_convertvector(narrowed(a), Words) | __builtin_convertvector(narrowed(b), Words) << 16);
 }
 #endif
 

@@ -20,7 +20,7 @@ const T* converted(const T* in, int64_t, Scratch) {
 }
 const float* converted(const bfloat16* in, int64_t n, Scratch use) {
   float* out = scratch<float>(use, n);
-  for (int64_t i = 0; i < n; i++) out[i] = widened(in[i]);
+  for (int64_t i = 0; i < n; i += lanes<float>) store(out + i, load(in + i, n - i), n - i);
   return out;
 }
 template <class T>
@@ -31,7 +31,7 @@ float* staging(bfloat16*, int64_t n, Scratch use) { return scratch<float>(use, n
 template <class T>
 void narrow(const T*, T*, int64_t) {}
 void narrow(const float* in, bfloat16* out, int64_t n) {
-  for (int64_t i = 0; i < n; i++) out[i] = narrowed(in[i]);
+  for (int64_t i = 0; i < n; i += lanes<float>) store(out + i, load(in + i, n - i), n - i);
 }
 
 // Sums are kept in double, as PyTorch keeps them: a plain sum of fp32 is some times as wrong.

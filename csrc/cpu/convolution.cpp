@@ -35,8 +35,8 @@ OperandView view(const char* op, const Tensor& a, const std::optional<Tensor>& b
   return {a.const_data_ptr(), pointer(b), pointer(constants), slope, a.size(0) / sets};
 }
 
-// Whether AMX computes it: in bf16 it is always faster. In fp32 it multiplies 32 channels at a time, and sums of pixels 16 of
-// the large side.
+// Whether AMX, where there is any, computes it: in bf16, which it multiplies, always. In fp32 it must pay to take 32 channels at
+// a time, and for sums of pixels 16 of the large side.
 bool use_tiles(const Convolution& c, bool bf16) {
   return c.scheme == scheme_automatic && (bf16 || c.C > (c.direction == Direction::to_weight ? 16 : thin_channels));
 }

@@ -102,7 +102,8 @@ inline void weights_to_small_unrolled(const Filters<const float>& w, const TileW
   std::fill_n(u, t.size(), bfloat16{});
   for (int64_t k = 0; k < w.K; k++) {
     for (int64_t d = 0; d < taps * w.C; d++) {
-      u[t.row(0, d / 2, k / tile_columns) + k % tile_columns * 2 + d % 2] = narrowed(*w.at(k, d % w.C, d / w.C));
+      bfloat16* to = u + t.row(0, d / 2, k / tile_columns) + k % tile_columns * 2 + d % 2;
+      store(to, splat(*w.at(k, d % w.C, d / w.C)), 1);
     }
   }
 }

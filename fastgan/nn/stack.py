@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastgan import backends
-from fastgan.backends import instruction_set
 from fastgan.nn.blocks import Block, is_plain_module, parts, run_block, run_norm, why_apart
 from fastgan.nn.unit import run_blocks
 
@@ -173,7 +172,7 @@ def _why_not_cpu(input: Tensor) -> str | None:
 
     if (reason := stack_cpu.why_not()) is not None:
         return reason
-    if autocast and instruction_set(torch.bfloat16) != "amx" and torch.cpu._is_amx_tile_supported():
+    if autocast and backends.instruction_set(torch.bfloat16) != "amx" and torch.cpu._is_amx_tile_supported():
         return "the library multiplies in bfloat16 on AMX here, the kernels without"
     if input.dtype in (torch.float32, torch.float64) or (autocast and input.dtype == torch.bfloat16):
         return None
