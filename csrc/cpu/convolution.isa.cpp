@@ -17,24 +17,27 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-// Images whose operands (`per_image` elements each) together stay within the last-level cache, or within `budget` bytes.
-constexpr int64_t cached = 8 << 20;
+// Images whose operands (`per_image` elements each) together stay within the last-level cache, or within `budget` bytes: as many
+// each time, and for each thread.
+constexpr int64_t cached = 12 << 20;
 int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size, int64_t budget = cached) {
-  return std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
+  int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
+  int64_t turns = (N + most - 1) / most, threads = thread_count();
+  return std::min(((N + turns - 1) / turns + threads - 1) / threads * threads, N);
 }
 
 // A thread takes images of about `apart_tiles` tiles through all three stages on its own, in its second-level cache, where
-// there are images enough for all and the whole transformed weight stays in the last level. Processors with AVX-512 have
-// larger second levels and slower last ones.
-constexpr int64_t apart_tiles = vector_bytes, apart_weights = vector_bytes == 64 ? 8 << 20 : 4 << 20;
+// there are images enough for all and the whole transformed weight stays in the last level, and is used enough: by a tile of
+// each thread for each `weights_per_tile` bytes.
+constexpr int64_t apart_tiles = 32, apart_weights = vector_bytes == 64 ? 16 << 20 : 4 << 20, weights_per_tile = 128 << 10;
 
 // product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each. The
 // transformed weight never exists as a whole, for deep layers it would be 30 MB: weight_of(first, last, from, count, u, point)
-// makes some output panels' share of some depth in the cache of the thread that multiplies by it.
+// makes the share of `together` output panels and of a chunk of depth in the cache of the thread that multiplies by it.
 template <class T, class F>
 void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run,
-                     int64_t chunk, T* product, const F& weight_of) {
-  constexpr int64_t together = 4, rows_at_once = 48;  // panels of the result that one read of so many rows serves
+                     int64_t together, int64_t chunk, T* product, const F& weight_of) {
+  constexpr int64_t rows_at_once = 48;  // which one read of a run of weights serves
   int64_t depth = in_panels * panel<T>, threads = thread_count();
   int64_t groups = std::max((out_panels + together - 1) / together, std::min(out_panels, threads));
   int64_t width = (out_panels + groups - 1) / groups;
@@ -43,17 +46,17 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
   chunk = std::min(chunk, depth);
   parallel(groups * cuts, [&](int64_t task) {
     int64_t o = task / cuts * width, last = std::min(o + width, out_panels), first = task % cuts * share;
-    int64_t count = std::min(share, rows - first), point_stride = (width * chunk + 1) * panel<T>;
-    T* u = scratch<T>(Scratch::weight, points * point_stride);
+    int64_t count = std::min(share, rows - first), u_point = point_stride<T>(width, chunk);
+    T* u = scratch<T>(Scratch::weight, points * u_point);
     Nothing nothing;
     for (int64_t from = 0; from < depth; from += chunk) {
       int64_t deep = std::min(chunk, depth - from);
-      weight_of(o, last, from, deep, u, point_stride);
+      weight_of(o, last, from, deep, u, u_point);
       for (int point = 0; point < points; point++) {
-        const T* a = operand + ((point * in_panels * stride) + from / panel<T> * stride + first) * panel<T>;
-        T* c = product + ((point * out_panels + o) * stride + first) * panel<T>;
+        const T* a = operand + point * point_stride<T>(in_panels, stride) + (from / panel<T> * stride + first) * panel<T>;
+        T* c = product + point * point_stride<T>(out_panels, stride) + (o * stride + first) * panel<T>;
         for (int64_t row = 0; row < count; row += rows_at_once) {
-          multiply_panels<T, false>(a + row * panel<T>, stride * panel<T>, u + point * point_stride, deep * panel<T>, deep, run,
+          multiply_panels<T, false>(a + row * panel<T>, stride * panel<T>, u + point * u_point, deep * panel<T>, deep, run,
                                     c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0, nothing);
         }
       }
@@ -79,6 +82,9 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
   // Where a result has few terms the library's error leaves less room: it sums 4 K of them to the large side, not 16 C.
   int64_t run = (up ? s.K < 256 : s.C < 64) ? short_run_length : run_length;
   int64_t tiles = scheme.tiles(), depth = from.panels * panel<T>;
+  // Weights are transformed for all phases of a panel of the large side or for 64 channels of the small one, and so much depth
+  // that all points leave half of a second-level cache.
+  constexpr int64_t together = up ? Scheme::phases : 64 / panel<T>, chunk = up ? 64 : std::max(64, Scheme::phases * panel<T>);
 
   auto read = [&](int64_t i, T* v, int64_t stride) {
     T* image = scratch<T>(Scratch::image, from.frame.size());
@@ -106,24 +112,25 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
     write_image(output.sink, i, to.H, to.W, to.C, to.frame, image);
   };
 
-  int64_t threads = thread_count(), transformed = Scheme::points * depth * to.panels * panel<T>;
-  bool apart = s.N >= 4 * threads && transformed * static_cast<int64_t>(sizeof(T)) <= apart_weights;
+  int64_t threads = thread_count(), u_point = point_stride<T>(to.panels, depth), transformed = Scheme::points * u_point;
+  bool apart = s.N >= 4 * threads &&
+               transformed * static_cast<int64_t>(sizeof(T)) <= std::min(apart_weights, weights_per_tile * (s.N * tiles / threads));
   int64_t per_tile = Scheme::points * panel<T>;
   int64_t step = apart ? std::clamp<int64_t>(apart_tiles / tiles, 1, s.N / (2 * threads))
                        : images_at_once(s.N, tiles * per_tile * (from.panels + to.panels), sizeof(T));
   // Both ways add up the same terms in the same order.
   if (apart) {
     T* u = scratch<T>(Scratch::weights, transformed);
-    int64_t point = depth * to.panels * panel<T>;
-    constexpr int64_t together = up ? Scheme::phases : 1;
-    parallel(to.panels / together, [&](int64_t task) {
-      int64_t o = task * together;
-      weights(o, o + together, 0, depth, u + o * depth * panel<T>, point);
+    constexpr int64_t share = up ? Scheme::phases : 1;
+    parallel(to.panels / share, [&](int64_t task) {
+      int64_t o = task * share;
+      weights(o, o + share, 0, depth, u + o * depth * panel<T>, u_point);
     });
     parallel((s.N + step - 1) / step, [&](int64_t block) {
       int64_t first = block * step, count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
-      T* v = scratch<T>(Scratch::large, per_tile * from.panels * stride);
-      T* m = scratch<T>(Scratch::small, per_tile * to.panels * stride);
+      int64_t v_point = point_stride<T>(from.panels, stride), m_point = point_stride<T>(to.panels, stride);
+      T* v = scratch<T>(Scratch::large, Scheme::points * v_point);
+      T* m = scratch<T>(Scratch::small, Scheme::points * m_point);
       for (int64_t i = 0; i < count; i++) read(first + i, v + i * tiles * panel<T>, stride);
       // What the next block reads, and what this one's result needs.
       int64_t next = first + count, more = std::min(step, s.N - next);
@@ -134,19 +141,19 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
       ahead.add(output.sink.out + first * to.size(), count * to.size());
       ahead.spread(Scheme::points * tile_runs(to.panels, rows, depth, run));
       for (int p = 0; p < Scheme::points; p++) {
-        multiply_panels<T, vector_bytes == 64>(v + p * from.panels * stride * panel<T>, stride * panel<T>, u + p * point, depth * panel<T>,
-                                               depth, run, m + p * to.panels * stride * panel<T>, stride * panel<T>, to.panels, rows, false,
+        multiply_panels<T, vector_bytes == 64>(v + p * v_point, stride * panel<T>, u + p * u_point, depth * panel<T>,
+                                               depth, run, m + p * m_point, stride * panel<T>, to.panels, rows, false,
                                                ahead);
       }
       for (int64_t i = 0; i < count; i++) write(first + i, m + i * tiles * panel<T>, stride);
     });
   } else {
-    T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * from.panels);
-    T* m = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * to.panels);
+    T* v = scratch<T>(Scratch::large, Scheme::points * point_stride<T>(from.panels, step * tiles | 1));
+    T* m = scratch<T>(Scratch::small, Scheme::points * point_stride<T>(to.panels, step * tiles | 1));
     for (int64_t first = 0; first < s.N; first += step) {
       int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
       parallel(count, [&](int64_t i) { read(first + i, v + i * tiles * panel<T>, stride); });
-      multiply_points(Scheme::points, v, from.panels, to.panels, rows, stride, run, Scheme::chunk, m, weights);
+      multiply_points(Scheme::points, v, from.panels, to.panels, rows, stride, run, together, chunk, m, weights);
       parallel(count, [&](int64_t i) { write(first + i, m + i * tiles * panel<T>, stride); });
     }
   }
@@ -163,8 +170,8 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
   int64_t sums_size = outer * inner * per_tile * panel<T> * static_cast<int64_t>(sizeof(T));
   int64_t budget = std::clamp(sums_size, vector_bytes == 64 ? int64_t{3} << 20 : cached, cached);
   int64_t step = images_at_once(s.N, tiles * per_tile * (outer + inner), sizeof(T), budget);
-  T* v = scratch<T>(Scratch::large, (step * tiles + 1) * per_tile * outer);
-  T* y = scratch<T>(Scratch::small, (step * tiles + 1) * per_tile * inner);
+  T* v = scratch<T>(Scratch::large, Scheme::points * point_stride<T>(outer, step * tiles | 1));
+  T* y = scratch<T>(Scratch::small, Scheme::points * point_stride<T>(inner, step * tiles | 1));
   constexpr int64_t together = 4;  // panels of K whose blocks are summed side by side, so that they stay in cache
   constexpr int64_t block = panel<T> * panel<T>, blocks = Scheme::points * Scheme::phases * block;
   int64_t k_groups = (inner + together - 1) / together;
@@ -184,9 +191,9 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
       T* sum = once ? scratch<T>(Scratch::image, together * blocks) : sums + task * together * blocks;
       for (int p = 0; p < Scheme::points; p++) {
         for (int phase = 0; phase < Scheme::phases; phase++) {
-          const T* a = v + (p * outer + group * Scheme::phases + phase) * stride * panel<T>;
+          const T* a = v + p * point_stride<T>(outer, stride) + (group * Scheme::phases + phase) * stride * panel<T>;
           for (int64_t k = 0; k < kps; k++) {
-            multiply_transposed(a, y + (p * inner + kp + k) * stride * panel<T>, rows,
+            multiply_transposed(a, y + p * point_stride<T>(inner, stride) + (kp + k) * stride * panel<T>, rows,
                                 sum + k * blocks + (p * Scheme::phases + phase) * block, first > 0);
           }
         }
@@ -219,10 +226,11 @@ void run_in_place(const Convolution& c, const Sizes& s, const Filters<const T>& 
   }
 }
 
-// Winograd where it is both faster and within twice the library's error: short sums and padded panels forbid it.
+// Winograd where it is both faster and within twice the library's error: short sums, padded tiles and panels forbid it.
 bool use_winograd(const Convolution& c) {
   if (c.scheme != scheme_automatic) return c.scheme == scheme_winograd;
-  if (c.H < tile_height || c.W < tile_width) return false;
+  int64_t tiles = ((c.H + tile - 1) / tile) * ((c.W + tile - 1) / tile);
+  if (4 * tiles * winograd_points * 4 > 3 * taps * c.H * c.W) return false;  // padded tiles leave too few products to save
   if (c.direction == Direction::to_weight && c.N * c.H * c.W < 256) return false;
   return c.C >= 16 && c.K >= (c.direction == Direction::to_large ? 128 : 16);
 }

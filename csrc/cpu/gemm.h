@@ -32,6 +32,13 @@ constexpr int64_t padded(int64_t columns) {
   return panels<T>(columns) * panel<T>;
 }
 
+// From one point's matrix to the next one's, of `rows` rows in `panels` panels: an odd number of panels' rows, for transforms
+// write to all points at once, and what lies a power of two apart shares one set of the cache.
+template <class T>
+constexpr int64_t point_stride(int64_t panels, int64_t rows) {
+  return (panels * rows | 1) * panel<T>;
+}
+
 // Where the values a(row, k) of a product's left side stand: at row * `row` + k / `segment` * `jump` + k % `segment` * `k`.
 // Either rows or columns of A are without gaps.
 struct RowStrides {

@@ -30,24 +30,24 @@ struct Winograd {
         K(s.K),
         groups(panels<T>(s.C)),
         small_panels(panels<T>(s.K)),
-        tiles_y((s.H + tile_height - 1) / tile_height),
-        tiles_x((s.W + tile_width - 1) / tile_width),
-        large{2 * tile_height * tiles_y + 2, 2 * tile_width * tiles_x + 2, groups * panel<T>, 1},
-        small{tile_height * tiles_y, tile_width * tiles_x, small_panels * panel<T>, 0} {}
+        tiles_y((s.H + tile - 1) / tile),
+        tiles_x((s.W + tile - 1) / tile),
+        large{2 * tile * tiles_y + 2, 2 * tile * tiles_x + 2, groups * panel<T>, 1},
+        small{tile * tiles_y, tile * tiles_x, small_panels * panel<T>, 0} {}
 
   int64_t tiles() const { return tiles_y * tiles_x; }
 
-  // Calls f(image, vec, operand): pointers to one lane group of one tile in the padded image and in the operand.
+  // Calls f(image, operand): pointers to one lane group of one tile in the padded image and in the operand. Of a panel all tiles
+  // follow one another, so that each point is written, or read, on and on: processors foresee so many streams and no more.
   template <class Image, class Operand, class F>
-  FASTGAN_INLINE void for_tiles(const Frame& frame, int64_t step_y, int64_t step_x, Image* image, Operand* operand,
-                                int64_t step, int64_t groups, F f) const {
-    for (int64_t i = 0; i < tiles_y; i++) {
-      for (int64_t j = 0; j < tiles_x; j++, operand += panel<T>) {
-        Image* tile = image + (i * step_y * frame.columns + j * step_x) * frame.channels;
-        for (int64_t g = 0; g < groups; g++) {
-          for (int half = 0; half < panel<T>; half += lanes<T>) {
-            f(tile + g * panel<T> + half, operand + g * step + half);
-          }
+  FASTGAN_INLINE void for_tiles(const Frame& frame, int64_t pixels, Image* image, Operand* operand, int64_t step, int64_t groups,
+                                F f) const {
+    for (int64_t g = 0; g < groups; g++) {
+      Operand* o = operand + g * step;
+      for (int64_t i = 0; i < tiles_y; i++) {
+        Image* x = image + i * pixels * frame.columns * frame.channels + g * panel<T>;
+        for (int64_t j = 0; j < tiles_x; j++, o += panel<T>, x += pixels * frame.channels) {
+          for (int half = 0; half < panel<T>; half += lanes<T>) f(x + half, o + half);
         }
       }
     }
@@ -55,45 +55,44 @@ struct Winograd {
 
   // `operand` stands at the image's first tile.
   void large_to_operand(const T* image, T* operand, int64_t stride) const {
-    int64_t line = large.columns * large.channels, step = large.channels, point = phases * groups * stride * panel<T>;
-    for_tiles(large, 2 * tile_height, 2 * tile_width, image, operand, phases * stride * panel<T>, groups, [&](const T* in, T* out) {
-      for (int phase = 0; phase < phases; phase++) {
-        const T* d = in + phase / 2 * line + phase % 2 * step;
-        Vec<T> value[3][5], transformed[3][5];
-        for (int i = 0; i < 3; i++) {
-          for (int j = 0; j < 5; j++) value[i][j] = load(d + 2 * i * line + 2 * j * step);
+    int64_t line = large.columns * large.channels, step = large.channels, point = point_stride<T>(phases * groups, stride);
+    for (int phase = 0; phase < phases; phase++) {
+      for_tiles(large, 2 * tile, image + phase / 2 * line + phase % 2 * step, operand + phase * stride * panel<T>,
+                phases * stride * panel<T>, groups, [&](const T* d, T* v) {
+        Vec<T> value[line_points][line_points], transformed[line_points][line_points];
+        for (int i = 0; i < line_points; i++) {
+          for (int j = 0; j < line_points; j++) value[i][j] = load(d + 2 * i * line + 2 * j * step);
         }
         large_to_points<T>(value, transformed);
-        T* v = out + phase * stride * panel<T>;
-        FASTGAN_UNROLL for (int p = 0; p < points; p++) store(v + p * point, transformed[p / 5][p % 5]);
-      }
-    });
+        FASTGAN_UNROLL for (int p = 0; p < points; p++) store(v + p * point, transformed[p / line_points][p % line_points]);
+      });
+    }
   }
 
   // Neighbouring tiles share a column of the image, which registers carry, and a row, which is added in memory.
   void operand_to_large(const T* operand, T* image, int64_t stride) const {
-    int64_t line = large.columns * large.channels, step = large.channels, point = phases * groups * stride * panel<T>;
-    for (int64_t i = 0; i < tiles_y; i++) {
-      for (int64_t g = 0; g < groups * phases; g++) {
+    int64_t line = large.columns * large.channels, step = large.channels, point = point_stride<T>(phases * groups, stride);
+    for (int64_t g = 0; g < groups * phases; g++) {
+      for (int64_t i = 0; i < tiles_y; i++) {
         int64_t phase = g % phases;
         for (int half = 0; half < panel<T>; half += lanes<T>) {
           const T* m = operand + (g * stride + i * tiles_x) * panel<T> + half;
-          T* x = image + (2 * tile_height * i + phase / 2) * line + phase % 2 * step + g / phases * panel<T> + half;
-          Vec<T> carry[3] = {};
-          for (int64_t j = 0; j < tiles_x; j++, m += panel<T>, x += 2 * tile_width * step) {
-            Vec<T> value[3][5], transformed[3][5];
-            FASTGAN_UNROLL for (int p = 0; p < points; p++) value[p / 5][p % 5] = load(m + p * point);
+          T* x = image + (2 * tile * i + phase / 2) * line + phase % 2 * step + g / phases * panel<T> + half;
+          Vec<T> carry[line_points] = {};
+          for (int64_t j = 0; j < tiles_x; j++, m += panel<T>, x += 2 * tile * step) {
+            Vec<T> value[line_points][line_points], transformed[line_points][line_points];
+            FASTGAN_UNROLL for (int p = 0; p < points; p++) value[p / line_points][p % line_points] = load(m + p * point);
             points_to_large<T>(value, transformed);
-            FASTGAN_UNROLL for (int k = 0; k < 3; k++) {
-              transformed[k][0] += carry[k], carry[k] = transformed[k][4];
+            FASTGAN_UNROLL for (int k = 0; k < line_points; k++) {
+              transformed[k][0] += carry[k], carry[k] = transformed[k][tile];
               T* to = x + 2 * k * line;
-              FASTGAN_UNROLL for (int l = 0; l < 4; l++) {
+              FASTGAN_UNROLL for (int l = 0; l < tile; l++) {
                 if (k == 0 && i > 0) transformed[k][l] += load(to + 2 * l * step);
                 store(to + 2 * l * step, transformed[k][l]);
               }
             }
           }
-          FASTGAN_UNROLL for (int k = 0; k < 3; k++) {
+          FASTGAN_UNROLL for (int k = 0; k < line_points; k++) {
             T* to = x + 2 * k * line;
             if (k == 0 && i > 0) carry[k] += load(to);
             store(to, carry[k]);
@@ -104,25 +103,25 @@ struct Winograd {
   }
 
   void small_to_operand(const T* image, T* operand, int64_t stride) const {
-    int64_t line = small.columns * small.channels, step = small.channels, point = small_panels * stride * panel<T>;
-    for_tiles(small, tile_height, tile_width, image, operand, stride * panel<T>, small_panels, [&](const T* in, T* out) {
-      Vec<T> value[2][4], transformed[3][5];
-      for (int i = 0; i < 2; i++) {
-        for (int j = 0; j < 4; j++) value[i][j] = load(in + i * line + j * step);
+    int64_t line = small.columns * small.channels, step = small.channels, point = point_stride<T>(small_panels, stride);
+    for_tiles(small, tile, image, operand, stride * panel<T>, small_panels, [&](const T* in, T* out) {
+      Vec<T> value[tile][tile], transformed[line_points][line_points];
+      for (int i = 0; i < tile; i++) {
+        for (int j = 0; j < tile; j++) value[i][j] = load(in + i * line + j * step);
       }
       small_to_points<T>(value, transformed);
-      FASTGAN_UNROLL for (int p = 0; p < points; p++) store(out + p * point, transformed[p / 5][p % 5]);
+      FASTGAN_UNROLL for (int p = 0; p < points; p++) store(out + p * point, transformed[p / line_points][p % line_points]);
     });
   }
 
   void operand_to_small(const T* operand, T* image, int64_t stride) const {
-    int64_t line = small.columns * small.channels, step = small.channels, point = small_panels * stride * panel<T>;
-    for_tiles(small, tile_height, tile_width, image, operand, stride * panel<T>, small_panels, [&](T* out, const T* in) {
-      Vec<T> value[3][5], transformed[2][4];
-      FASTGAN_UNROLL for (int p = 0; p < points; p++) value[p / 5][p % 5] = load(in + p * point);
+    int64_t line = small.columns * small.channels, step = small.channels, point = point_stride<T>(small_panels, stride);
+    for_tiles(small, tile, image, operand, stride * panel<T>, small_panels, [&](T* out, const T* in) {
+      Vec<T> value[line_points][line_points], transformed[tile][tile];
+      FASTGAN_UNROLL for (int p = 0; p < points; p++) value[p / line_points][p % line_points] = load(in + p * point);
       points_to_small<T>(value, transformed);
-      for (int i = 0; i < 2; i++) {
-        for (int j = 0; j < 4; j++) store(out + i * line + j * step, transformed[i][j]);
+      for (int i = 0; i < tile; i++) {
+        for (int j = 0; j < tile; j++) store(out + i * line + j * step, transformed[i][j]);
       }
     });
   }
@@ -141,9 +140,9 @@ struct Winograd {
           FilterBlock<T> block;
           load_block(weight, kp * panel<T> + half, (from + d) / phases + column, block);
           int64_t next = half ? kp * panel<T> : kp * panel<T> + lanes<T>, next_column = (from + d) / phases + column + (half ? lanes<T> : 0);
-          for (int j = 0; j < lanes<T>; j++) {
-            prefetch_taps(weight, next + j, next_column);
-            FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
+          FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
+            for (int j = 0; j < lanes<T>; j++) {
+              if (j % phases == phase) prefetch_taps(weight, next + j, next_column);
               transform_taps(block[j], phase, out + (d + phase * panel<T> + column + j) * panel<T> + half, point);
             }
           }
@@ -155,17 +154,25 @@ struct Winograd {
   // The same for panels (panel of C, phase) of the large side.
   void weight_to_large(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out,
                        int64_t point) const {
+    constexpr int64_t most = 8;  // rows of the depth that the first-level cache holds beside what is written
     for (int64_t o = first, end; o < last; out += (end - o) * count * panel<T>, o = end) {
       int64_t cp = o / phases;
       end = std::min((cp + 1) * phases, last);
-      for (int64_t k = 0; k < count; k++) {
-        for (int half = 0; half < panel<T>; half += lanes<T>) {
-          Vec<T> tap[taps];
-          prefetch_taps(weight, from + k + 2, cp * panel<T> + half);
-          load_taps(weight, from + k, cp * panel<T> + half, tap);
-          FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {  // a constant phase keeps the taps in registers
-            int64_t p = cp * phases + phase;
-            if (p >= o && p < end) transform_taps(tap, phase, out + ((p - o) * count + k) * panel<T> + half, point);
+      for (int64_t some = 0; some < count; some += most) {
+        Vec<T> tap[most][2][taps];
+        int64_t rows = std::min(most, count - some);
+        for (int64_t k = 0; k < rows; k++) {
+          for (int half = 0; half < 2; half++) {
+            prefetch_taps(weight, from + some + k + 2, cp * panel<T> + half * lanes<T>);
+            load_taps(weight, from + some + k, cp * panel<T> + half * lanes<T>, tap[k][half]);
+          }
+        }
+        FASTGAN_UNROLL for (int phase = 0; phase < phases; phase++) {
+          int64_t p = cp * phases + phase;
+          if (p < o || p >= end) continue;
+          T* to = out + ((p - o) * count + some) * panel<T>;
+          for (int64_t k = 0; k < rows; k++) {
+            for (int half = 0; half < 2; half++) transform_taps(tap[k][half], phase, to + k * panel<T> + half * lanes<T>, point);
           }
         }
       }
@@ -173,12 +180,12 @@ struct Winograd {
   }
 
   FASTGAN_INLINE static void transform_taps(const Vec<T> (&tap)[taps], int phase, T* to, int64_t point) {
-    Vec<T> w[2][2], u[3][5];
+    Vec<T> w[2][2], u[line_points][line_points];
     for (int i = 0; i < 2; i++) {
       for (int j = 0; j < 2; j++) w[i][j] = tap[(2 * i + phase / 2) * 4 + 2 * j + phase % 2];
     }
     weight_to_points<T>(w, u);
-    FASTGAN_UNROLL for (int p = 0; p < points; p++) store(to + p * point, u[p / 5][p % 5]);
+    FASTGAN_UNROLL for (int p = 0; p < points; p++) store(to + p * point, u[p / line_points][p % line_points]);
   }
 
   // blocks [points][phases][panel of C][panel of K], for one group of C and one panel of K, to the weight's gradient.
@@ -189,9 +196,9 @@ struct Winograd {
       for (int j = 0; j < lanes<T>; j++) {
         prefetch_taps(weight, kp * panel<T> + half + j, group * panel<T> + column);
         for (int phase = 0; phase < phases; phase++) {
-          Vec<T> u[3][5], w[2][2];
+          Vec<T> u[line_points][line_points], w[2][2];
           FASTGAN_UNROLL for (int p = 0; p < points; p++) {
-            u[p / 5][p % 5] = load(blocks + ((p * phases + phase) * panel<T> + column + j) * panel<T> + half);
+            u[p / line_points][p % line_points] = load(blocks + ((p * phases + phase) * panel<T> + column + j) * panel<T> + half);
           }
           points_to_weight<T>(u, w);
           for (int q = 0; q < 4; q++) block[j][(2 * (q / 2) + phase / 2) * 4 + 2 * (q % 2) + phase % 2] = w[q / 2][q % 2];
@@ -248,14 +255,11 @@ struct Direct {
     }
   }
 
-  // A chunk is the whole depth.
-  static constexpr int64_t chunk = INT64_MAX;
-
-  void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t, int64_t count, T* out, int64_t) const {
+  void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out, int64_t) const {
     std::fill_n(out, (last - first) * count * panel<T>, T(0));
     for (int64_t kp = first; kp < last; kp++, out += count * panel<T>) {
       for (int64_t i = 0; i < panel<T> && kp * panel<T> + i < K; i++) {
-        for (int64_t d = 0; d < taps * C; d++) out[d * panel<T> + i] = *weight.at(kp * panel<T> + i, d % C, d / C);
+        for (int64_t d = from; d < std::min(from + count, taps * C); d++) out[(d - from) * panel<T> + i] = *weight.at(kp * panel<T> + i, d % C, d / C);
       }
     }
   }

@@ -1,16 +1,16 @@
 """The least time that a training step could take here: its multiplications at the measured matrix peak, then its
 operands once through memory at the measured bandwidth of a copy.
 
-It is a floor for this way of computing: Winograd's F(2x2, 2x2) in one direction and F(4, 2) in the other where the
-kernels use it, the convolutions of a step that throws nothing away, BatchNorm and activation for nothing. Both parts
-are added, for a core that moves does not multiply.
+It is a floor for this way of computing: Winograd's F(4x4, 2x2) where the kernels use it, the convolutions of a step
+that throws nothing away, BatchNorm and activation for nothing. Both parts are added, for a core that moves does not
+multiply.
 """
 
 import torch
 
 from fastgan.bench.cases import Case, Layer, layers
 
-WINOGRAD = 15 / 32  # multiplications left: 3 x 5 points for 2 x 4 outputs of 2 x 2 taps each
+WINOGRAD = 25 / 64  # multiplications left: 5 x 5 points for 4 x 4 outputs of 2 x 2 taps each
 # Layers of up to so many channels on one side count as their definition. The pass that makes their large side needs a
 # third fewer multiplications, which the floor leaves out: it is at most 1 % of a step.
 THIN = 4
