@@ -48,16 +48,17 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
     int64_t o = task / cuts * width, last = std::min(o + width, out_panels), first = task % cuts * share;
     int64_t count = std::min(share, rows - first), u_point = point_stride<T>(width, chunk);
     T* u = scratch<T>(Scratch::weight, points * u_point);
-    Nothing nothing;
     for (int64_t from = 0; from < depth; from += chunk) {
       int64_t deep = std::min(chunk, depth - from);
       weight_of(o, last, from, deep, u, u_point);
       for (int point = 0; point < points; point++) {
         const T* a = operand + point * point_stride<T>(in_panels, stride) + (from / panel<T> * stride + first) * panel<T>;
+        const T* next = point + 1 < points ? a + point_stride<T>(in_panels, stride) : a;
         T* c = product + point * point_stride<T>(out_panels, stride) + (o * stride + first) * panel<T>;
         for (int64_t row = 0; row < count; row += rows_at_once) {
+          Stream ahead{reinterpret_cast<const char*>(next + row * deep), sizeof(T)};
           multiply_panels<T, false>(a + row * panel<T>, stride * panel<T>, u + point * u_point, deep * panel<T>, deep, run,
-                                    c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0, nothing);
+                                    c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0, ahead);
         }
       }
     }
@@ -189,13 +190,21 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
     parallel(groups * k_groups, [&](int64_t task) {
       int64_t group = task / k_groups, kp = task % k_groups * together, kps = std::min(together, inner - kp);
       T* sum = once ? scratch<T>(Scratch::image, together * blocks) : sums + task * together * blocks;
-      for (int p = 0; p < Scheme::points; p++) {
-        for (int phase = 0; phase < Scheme::phases; phase++) {
-          const T* a = v + p * point_stride<T>(outer, stride) + (group * Scheme::phases + phase) * stride * panel<T>;
-          for (int64_t k = 0; k < kps; k++) {
-            multiply_transposed(a, y + p * point_stride<T>(inner, stride) + (kp + k) * stride * panel<T>, rows,
-                                sum + k * blocks + (p * Scheme::phases + phase) * block, first > 0);
-          }
+      auto outer_panel = [&](int at) {  // of a point and phase
+        return v + at / Scheme::phases * point_stride<T>(outer, stride) + (group * Scheme::phases + at % Scheme::phases) * stride * panel<T>;
+      };
+      auto inner_panel = [&](int point, int64_t k) { return y + point * point_stride<T>(inner, stride) + (kp + k) * stride * panel<T>; };
+      constexpr int last = Scheme::points * Scheme::phases - 1;
+      for (int at = 0; at <= last; at++) {
+        int point = at / Scheme::phases;
+        // All of the large side's next panel, and of the small side's at the next point.
+        const T* next = outer_panel(std::min(at + 1, last));
+        const T* next_inner = inner_panel(std::min(point + 1, Scheme::points - 1), at % Scheme::phases * kps / Scheme::phases);
+        for (int64_t k = 0; k < kps; k++) {
+          int64_t part = k * rows * panel<T> / kps;
+          Others others{reinterpret_cast<const char*>(next + part), reinterpret_cast<const char*>(next_inner + part),
+                        panel<T> * static_cast<int64_t>(sizeof(T)) / kps};
+          multiply_transposed(outer_panel(at), inner_panel(point, k), rows, sum + k * blocks + at * block, first > 0, others);
         }
       }
       if (first + count == s.N) {

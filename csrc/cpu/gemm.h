@@ -180,23 +180,33 @@ __attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, con
   multiply_rows<T, 2, far>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate, between);
 }
 
-// c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each.
+// c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each. Meanwhile memory brings the sums and, for each row,
+// so many bytes of two other panels.
+struct Others {
+  const char *first, *second;
+  int64_t bytes;
+};
 template <class T, int R0 = 0>
-void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool accumulate) {
+void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool accumulate, const Others& others) {
   constexpr int left = panel<T> - R0;
   if constexpr (left > 0) {
     // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4; 32 as 11 + 11 + 10.
     constexpr int tiles = (left + micro_rows<2> - 1) / micro_rows<2>, R = (left + tiles - 1) / tiles;
-    micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, c + R0 * panel<T>, panel<T>, accumulate);
-    multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate);
+    T* sums = c + R0 * panel<T>;
+    if (accumulate) {
+      FASTGAN_UNROLL for (int r = 0; r < 2 * R; r++) __builtin_prefetch(sums + r * lanes<T>);
+    }
+    micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, sums, panel<T>, accumulate, R0 ? others.second : others.first,
+                    others.bytes);
+    multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate, others);
   }
 }
 
 template <class T>
-void multiply_transposed(const T* a, const T* b, int64_t depth, T* c, bool accumulate) {
+void multiply_transposed(const T* a, const T* b, int64_t depth, T* c, bool accumulate, Others others) {
   for (int64_t k = 0; k < depth; k += run_length) {
-    multiply_transposed_run(a + k * panel<T>, b + k * panel<T>, std::min<int64_t>(run_length, depth - k), c,
-                            accumulate || k > 0);
+    multiply_transposed_run(a + k * panel<T>, b + k * panel<T>, std::min<int64_t>(run_length, depth - k), c, accumulate || k > 0, others);
+    others.first += run_length * others.bytes, others.second += run_length * others.bytes;
   }
 }
 
