@@ -40,7 +40,7 @@ SHAPES = [  # N, C, K, H, W of the small side, whether the large side has an odd
     (2, 3, 16, 4, 90, True),
     (21, 4, 7, 3, 5, True),
     (33, 200, 300, 4, 4, False),
-    # More than 8 MB of operands, which are walked in steps of some images.
+    # More than 12 MB of operands, which are walked in steps of some images.
     (3, 16, 16, 80, 80, False),
     (3, 8, 8, 72, 72, True),
 ]
@@ -267,6 +267,21 @@ def test_bits_do_not_depend_on_the_number_of_threads(channels, filters):
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)
+
+
+def test_bits_of_a_gradient_that_is_summed_in_turns_do_not_depend_on_the_number_of_threads():
+    """A turn takes as many images as a cache holds; were it a multiple of the threads, sums would start anew elsewhere."""
+    large, small, _ = sides(41, 64, 64, 16, 16, False)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            operands = (large, None, None, 1.0, small, None, None, 1.0)
+            results.append(torch.ops.fastgan_cpu.weight_gradient(*operands, True, AUTOMATIC))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_empty_batch():

@@ -18,12 +18,12 @@ namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
 // Images whose operands (`per_image` elements each) together stay within the last-level cache, or within `budget` bytes: as many
-// each time, and for each thread.
+// each time, and a multiple of four, for threads to share. Not of the number of threads: a weight's gradient is summed turn by turn.
 constexpr int64_t cached = 12 << 20;
 int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size, int64_t budget = cached) {
   int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
-  int64_t turns = (N + most - 1) / most, threads = thread_count();
-  return std::min(((N + turns - 1) / turns + threads - 1) / threads * threads, N);
+  int64_t turns = (N + most - 1) / most;
+  return std::min(((N + turns - 1) / turns + 3) / 4 * 4, N);
 }
 
 // A thread takes images of about `apart_tiles` tiles through all three stages on its own, in its second-level cache, where
