@@ -17,13 +17,14 @@
 namespace fastgan::cpu::FASTGAN_ISA {
 namespace {
 
-// Images whose operands (`per_image` elements each) together stay within the last-level cache, or within `budget` bytes: as many
-// each time, and a multiple of four, for threads to share. Not of the number of threads: a weight's gradient is summed turn by turn.
+// Images whose operands (`per_image` elements each) together stay within the last-level cache, or about within `budget` bytes: as
+// many each time, and an even number or a multiple of four, for threads to share. It does not depend on the number of threads,
+// for a weight's gradient is summed turn by turn.
 constexpr int64_t cached = 12 << 20;
 int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size, int64_t budget = cached) {
   int64_t most = std::clamp<int64_t>(budget / std::max<int64_t>(1, per_image * element_size), 1, std::max<int64_t>(1, N));
-  int64_t turns = (N + most - 1) / most;
-  return std::min(((N + turns - 1) / turns + 3) / 4 * 4, N);
+  int64_t turns = (N + most - 1) / most, each = (N + turns - 1) / turns, multiple = each > 2 ? 4 : 2;
+  return std::min((each + multiple - 1) / multiple * multiple, N);
 }
 
 // A thread takes images of about `apart_tiles` tiles through all three stages on its own, in its second-level cache, where
@@ -31,8 +32,8 @@ int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size, int64
 // each thread for each `weights_per_tile` bytes.
 constexpr int64_t apart_tiles = 32, apart_weights = vector_bytes == 64 ? 16 << 20 : 4 << 20, weights_per_tile = 128 << 10;
 
-// product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each. The
-// transformed weight never exists as a whole, for deep layers it would be 30 MB: weight_of(first, last, from, count, u, point)
+// product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each, points
+// `point_stride` apart. The transformed weight never exists as a whole, for deep layers it would be 52 MB: weight_of(first, last, from, count, u, point)
 // makes the share of `together` output panels and of a chunk of depth in the cache of the thread that multiplies by it.
 template <class T, class F>
 void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run,
@@ -53,10 +54,13 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
       weight_of(o, last, from, deep, u, u_point);
       for (int point = 0; point < points; point++) {
         const T* a = operand + point * point_stride<T>(in_panels, stride) + (from / panel<T> * stride + first) * panel<T>;
-        const T* next = point + 1 < points ? a + point_stride<T>(in_panels, stride) : a;
+        const T* next = point + 1 < points         ? a + point_stride<T>(in_panels, stride)
+                        : from + deep < depth ? operand + ((from + deep) / panel<T> * stride + first) * panel<T>
+                                              : a;
         T* c = product + point * point_stride<T>(out_panels, stride) + (o * stride + first) * panel<T>;
         for (int64_t row = 0; row < count; row += rows_at_once) {
-          Stream ahead{reinterpret_cast<const char*>(next + row * deep), sizeof(T)};
+          // Without gaps where all rows are one task's.
+          Stream ahead{reinterpret_cast<const char*>(next + row * deep), cuts > 1 ? 0 : int64_t{sizeof(T)}};
           multiply_panels<T, false>(a + row * panel<T>, stride * panel<T>, u + point * u_point, deep * panel<T>, deep, run,
                                     c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0, ahead);
         }
@@ -84,8 +88,9 @@ void convolve(const Sizes& s, const OperandView& operand, const Filters<const T>
   int64_t run = (up ? s.K < 256 : s.C < 64) ? short_run_length : run_length;
   int64_t tiles = scheme.tiles(), depth = from.panels * panel<T>;
   // Weights are transformed for all phases of a panel of the large side or for 64 channels of the small one, and so much depth
-  // that all points leave half of a second-level cache.
+  // that all points take 0.4 MB, of AVX-512's larger second-level caches 0.8.
   constexpr int64_t together = up ? Scheme::phases : 64 / panel<T>, chunk = up ? 64 : std::max(64, Scheme::phases * panel<T>);
+  static_assert(chunk % run_length == 0 && chunk % (up ? 1 : Scheme::phases * panel<T>) == 0);  // whole runs, whole groups
 
   auto read = [&](int64_t i, T* v, int64_t stride) {
     T* image = scratch<T>(Scratch::image, from.frame.size());
@@ -239,7 +244,8 @@ void run_in_place(const Convolution& c, const Sizes& s, const Filters<const T>& 
 bool use_winograd(const Convolution& c) {
   if (c.scheme != scheme_automatic) return c.scheme == scheme_winograd;
   int64_t tiles = ((c.H + tile - 1) / tile) * ((c.W + tile - 1) / tile);
-  if (4 * tiles * winograd_points * 4 > 3 * taps * c.H * c.W) return false;  // padded tiles leave too few products to save
+  // Padded tiles must leave at most three quarters of the definition's products.
+  if (4 * tiles * Winograd<float>::phases * winograd_points > 3 * c.H * c.W * taps) return false;
   if (c.direction == Direction::to_weight && c.N * c.H * c.W < 256) return false;
   return c.C >= 16 && c.K >= (c.direction == Direction::to_large ? 128 : 16);
 }

@@ -5,8 +5,9 @@
 //
 // A scheme turns a tile of either side into `points` rows of a product's operand and back (the transposed map), and the
 // weight into the other operand. Depth on the large side is groups * phases panels, on the small side `small_panels`.
-//   operands     large V [points][groups][phases][stride][panel],  small Y [points][small_panels][stride][panel], where
-//                stride is the number of tiles made odd: panels a power of two apart would share one set of the cache
+//   operands     large V [points][groups][phases][stride][panel],  small Y [points][small_panels][stride][panel], points
+//                `point_stride` apart, where stride is the number of tiles made odd: panels a power of two apart would
+//                share one set of the cache
 //   weights      of some panels of the result and some of the depth: each point [panels][depth][panel]
 #pragma once
 #include <vector>
@@ -126,11 +127,8 @@ struct Winograd {
     });
   }
 
-  // The transformed weight for panels first .. last of the small side, and of the operand's depth `count` from `from` on:
-  // each point [panel][count][panel], points `point` apart. A chunk of depth holds whole groups.
-  static constexpr int64_t chunk = 128;
-  static_assert(chunk % (phases * panel<T>) == 0);
-
+  // The transformed weight for panels first .. last of the small side, and of the operand's depth `count` from `from` on, of
+  // whole groups: each point [panels][count][panel], points `point` apart. Phase by phase, for each phase writes to all points.
   void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out,
                        int64_t point) const {
     for (int64_t kp = first; kp < last; kp++, out += count * panel<T>) {

@@ -15,7 +15,7 @@ enum class Scratch { weight, weights, large, small, image, sums, partial, even, 
 constexpr size_t huge_page = 2 << 20;
 
 // At least n elements on a 64-byte boundary, of any content; the same memory at each call for the same use. Transforms write
-// to some sixty places at once, more than processors keep addresses of pages of 4 KB for: what is large asks for pages of 2 MB.
+// to some thirty places at once, more than processors keep addresses of pages of 4 KB for: what is large asks for pages of 2 MB.
 template <class T>
 T* scratch(Scratch use, int64_t n) {
   struct Free {

@@ -1,5 +1,6 @@
-"""Which fast convolutions could run on bf16 products, such as AVX-512's `vdpbf16ps`, within the rule of tolerance:
-`python benchmarks/winograd_bf16.py` computes the table of docs/speed.md and writes it there (a minute).
+"""What Winograd's algorithm costs in digits: which fast convolutions could run on bf16 products, such as AVX-512's
+`vdpbf16ps`, within the rule of tolerance, and what its points leave in fp32. `python benchmarks/winograd_errors.py`
+computes the tables of docs/speed.md and writes them there (a minute).
 
 The rule lets a kernel err twice as much as PyTorch. Winograd's F(2x2, 2x2) in bf16 is granted three times PyTorch's RMS
 error, if that is said where users look; its maximum is held to the rule.
@@ -10,6 +11,7 @@ the result is rounded to bf16. Beside it stands PyTorch's own bf16 convolution, 
 """
 
 import itertools
+import math
 import re
 import sys
 from pathlib import Path
@@ -38,14 +40,31 @@ class Map(NamedTuple):
     from_points: list[list[float]]  # At
 
 
+def at_points(*points: float) -> Map:
+    """F(n, 2) at n points and infinity, by interpolation (Toom and Cook). In its simplest form: what is short in one of
+    the factors could as well be in the other."""
+
+    def product(roots: list[float]) -> list[float]:  # of x - root: coefficients, the constant one first
+        found = [1.0]
+        for root in roots:
+            found = [low - root * high for low, high in zip([0.0, *found], [*found, 0.0], strict=True)]
+        return found
+
+    count = len(points)
+    others = [[q for q in points if q != p] for p in points]
+    scales = [math.prod(p - q for q in rest) for p, rest in zip(points, others, strict=True)]
+    return Map(
+        count,
+        [*([*product(rest), 0.0] for rest in others), product(list(points))],
+        [*([1 / scale, p / scale] for p, scale in zip(points, scales, strict=True)), [0.0, 1.0]],
+        [[*(p**power for p in points), float(power == count - 1)] for power in range(count)],
+    )
+
+
 DIRECT = Map(1, [[1, 0], [0, 1]], [[1, 0], [0, 1]], [[1, 1]])
 F2 = Map(2, [[1, -1, 0], [0, 1, 0], [0, -1, 1]], [[1, 0], [1, 1], [0, 1]], [[1, 1, 0], [0, 1, 1]])
-F4 = Map(  # as in csrc/cpu/winograd.h, points 0, 1, -1, 1/2 and infinity
-    4,
-    [[1, -2, -1, 2, 0], [0, -1, 1, 2, 0], [0, -1, 3, -2, 0], [0, 1, 0, -1, 0], [0, 1, -2, -1, 2]],
-    [[1, 0], [0.5, 0.5], [1 / 6, -1 / 6], [8 / 3, 4 / 3], [0, 0.5]],
-    [[1, 1, 1, 1, 0], [0, 1, -1, 0.5, 0], [0, 1, 1, 0.25, 0], [0, 1, -1, 0.125, 1]],
-)
+F4 = at_points(0.375, -0.375, 1.25, -1.25)  # as in csrc/cpu/winograd.h
+USUAL = at_points(0.0, 1.0, -1.0, 0.5)
 
 
 class Algorithm(NamedTuple):
@@ -69,9 +88,14 @@ ALGORITHMS = (
     Algorithm("F(2, 2) along columns", DIRECT, F2),
     Algorithm("F(2x2, 2x2)", F2, F2, granted=True),
     Algorithm("F(2x2, 2x2), weights of two terms", F2, F2, terms=2),
-    Algorithm("F(2x4, 2x2)", F2, F4),
-    Algorithm("F(2x4, 2x2), fp32 products: ours", F2, F4, operands=torch.float32),
+    Algorithm("F(4x4, 2x2)", F4, F4),
+    Algorithm("F(4x4, 2x2), fp32 products: ours", F4, F4, operands=torch.float32),
 )
+POINTS = {
+    "0, 1, -1, 1/2 and infinity": Algorithm("usual", USUAL, USUAL, operands=torch.float32),
+    "3/8, -3/8, 5/4, -5/4 and infinity: ours": Algorithm("ours", F4, F4, operands=torch.float32),
+}
+RUN = 64  # products that are summed before they are added to the others, as in csrc/cpu/gemm.h
 
 
 def matrix(rows: list[list[float]]) -> Tensor:
@@ -102,7 +126,8 @@ def forward(d: Tensor, w: Tensor, algorithm: Algorithm) -> Tensor:
     rows, columns = algorithm.rows, algorithm.columns
     v = rounded(transform(tiles(d, algorithm), rows.to_points, columns.to_points), algorithm)
     u = rounded(transform(w, rows.weight, columns.weight), algorithm, algorithm.terms)
-    m = torch.einsum("nctspq,kcpq->nktspq", v, u)
+    runs = zip(v.split(RUN, 1), u.split(RUN, 1), strict=True)
+    m = sum(torch.einsum("nctspq,kcpq->nktspq", *run) for run in runs)
     out = transform(m, rows.from_points, columns.from_points)
     n, k, down, across, height, width = out.shape
     return out.permute(0, 1, 2, 4, 3, 5).reshape(n, k, down * height, across * width)
@@ -189,6 +214,32 @@ def measured(channels: int) -> dict[str, dict[str, tuple[float, float, str]]]:
     return found
 
 
+def measured_points(channels: int) -> dict[str, tuple[float, float]]:
+    """RMS and maximum error in fp32, forward, beside PyTorch's, for each choice of points."""
+    torch.manual_seed(channels)
+    x, w = torch.randn(IMAGES, channels, 2 * SIDE, 2 * SIDE), 0.02 * torch.randn(channels, channels, 4, 4)
+    truth = F.conv2d(x.double(), w.double(), stride=2, padding=1)
+    layout = torch.channels_last
+    theirs = F.conv2d(x.contiguous(memory_format=layout), w.contiguous(memory_format=layout), stride=2, padding=1)
+    other, found = errors(theirs, truth), {}
+    for points, algorithm in POINTS.items():
+        mine = errors(forward(parities(x), taps(w), algorithm), truth)
+        found[points] = (mine.rms / other.rms, mine.max / other.max)
+    print(channels, found, flush=True)
+    return found
+
+
+def points_table() -> str:
+    every = [measured_points(channels) for channels in CHANNELS]
+    lines = [["points", *(f"{channels} channels" for channels in CHANNELS)], ["---", *["---:"] * len(CHANNELS)]]
+    lines += [[points, *(f"{found[points][0]:.2f}, {found[points][1]:.2f}" for found in every)] for points in POINTS]
+    return as_table(lines)
+
+
+def as_table(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def table() -> str:
     """The largest ratios over the numbers of channels."""
     every = [measured(channels) for channels in CHANNELS]
@@ -201,13 +252,14 @@ def table() -> str:
             worst = max(marks, key=(PASSES, BY_GRANT, REFUSED).index)
             line.append(f"{max(rms):.2f}, {max(top):.2f}{worst}")
         lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return as_table(lines)
 
 
 def main() -> None:
-    filled = f"<!-- winograd bf16 -->\n\n{table()}\n\n<!-- end -->"
     page = PAGE.read_text(encoding="utf-8")
-    page = re.sub(r"<!-- winograd bf16 -->.*?<!-- end -->", lambda _: filled, page, flags=re.S)
+    for name, content in (("bf16", table()), ("points", points_table())):
+        filled = f"<!-- winograd {name} -->\n\n{content}\n\n<!-- end -->"
+        page = re.sub(rf"<!-- winograd {name} -->.*?<!-- end -->", lambda _, filled=filled: filled, page, flags=re.S)
     PAGE.write_text(page, encoding="utf-8")
 
 
