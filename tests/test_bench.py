@@ -457,7 +457,9 @@ class TestErrorsOfWinograd:
         assert granted.name == "F(2x2, 2x2)"
 
         def marks(error):
-            return [winograd_errors.mark(one, (truth + error).float(), theirs.float(), truth) for one in (granted, other)]
+            return [
+                winograd_errors.mark(one, (truth + error).float(), theirs.float(), truth) for one in (granted, other)
+            ]
 
         assert marks(0.019) == ["", ""]
         assert marks(0.025) == [" *granted*", " **no**"]
