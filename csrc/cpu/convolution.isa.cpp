@@ -33,8 +33,9 @@ int64_t images_at_once(int64_t N, int64_t per_image, int64_t element_size, int64
 constexpr int64_t apart_tiles = 32, apart_weights = vector_bytes == 64 ? 16 << 20 : 4 << 20, weights_per_tile = 128 << 10;
 
 // product [points][out_panels][stride][panel] = operand [points][in_panels][stride][panel] * weight, `rows` of each, points
-// `point_stride` apart. The transformed weight never exists as a whole, for deep layers it would be 52 MB: weight_of(first, last, from, count, u, point)
-// makes the share of `together` output panels and of a chunk of depth in the cache of the thread that multiplies by it.
+// `point_stride` apart. The transformed weight never exists as a whole, for deep layers it would be 52 MB: weight_of(first, last,
+// from, count, u, point) makes the share of `together` output panels and of a chunk of depth in the cache of the thread that
+// multiplies by it.
 template <class T, class F>
 void multiply_points(int points, const T* operand, int64_t in_panels, int64_t out_panels, int64_t rows, int64_t stride, int64_t run,
                      int64_t together, int64_t chunk, T* product, const F& weight_of) {
@@ -54,12 +55,15 @@ void multiply_points(int points, const T* operand, int64_t in_panels, int64_t ou
       weight_of(o, last, from, deep, u, u_point);
       for (int point = 0; point < points; point++) {
         const T* a = operand + point * point_stride<T>(in_panels, stride) + (from / panel<T> * stride + first) * panel<T>;
-        const T* next = point + 1 < points         ? a + point_stride<T>(in_panels, stride)
-                        : from + deep < depth ? operand + ((from + deep) / panel<T> * stride + first) * panel<T>
-                                              : a;
+        const T* next = a;
+        if (point + 1 < points) {
+          next += point_stride<T>(in_panels, stride);
+        } else if (from + deep < depth) {
+          next = operand + ((from + deep) / panel<T> * stride + first) * panel<T>;
+        }
         T* c = product + point * point_stride<T>(out_panels, stride) + (o * stride + first) * panel<T>;
         for (int64_t row = 0; row < count; row += rows_at_once) {
-          // Without gaps where all rows are one task's.
+          // A stream has no gaps: it would be of other tasks' rows where they share a panel.
           Stream ahead{reinterpret_cast<const char*>(next + row * deep), cuts > 1 ? 0 : int64_t{sizeof(T)}};
           multiply_panels<T, false>(a + row * panel<T>, stride * panel<T>, u + point * u_point, deep * panel<T>, deep, run,
                                     c + row * panel<T>, stride * panel<T>, last - o, std::min(rows_at_once, count - row), from > 0, ahead);
@@ -207,9 +211,9 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
         const T* next_inner = inner_panel(std::min(point + 1, Scheme::points - 1), at % Scheme::phases * kps / Scheme::phases);
         for (int64_t k = 0; k < kps; k++) {
           int64_t part = k * rows * panel<T> / kps;
-          Others others{reinterpret_cast<const char*>(next + part), reinterpret_cast<const char*>(next_inner + part),
-                        panel<T> * static_cast<int64_t>(sizeof(T)) / kps};
-          multiply_transposed(outer_panel(at), inner_panel(point, k), rows, sum + k * blocks + at * block, first > 0, others);
+          PanelsAhead ahead{reinterpret_cast<const char*>(next + part), reinterpret_cast<const char*>(next_inner + part),
+                            panel<T> * static_cast<int64_t>(sizeof(T)) / kps};
+          multiply_transposed(outer_panel(at), inner_panel(point, k), rows, sum + k * blocks + at * block, first > 0, ahead);
         }
       }
       if (first + count == s.N) {

@@ -180,14 +180,15 @@ __attribute__((noinline)) void multiply_panels(const T* a, int64_t a_stride, con
   multiply_rows<T, 2, far>(a, PanelStrides<T>{a_stride}, b, b_stride, depth, run, c, panel<T>, c_stride, columns, rows, accumulate, between);
 }
 
-// c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each. Meanwhile memory brings the sums and, for each row,
-// so many bytes of two other panels.
-struct Others {
+// A `Stream` of each of two panels: so many bytes for each row.
+struct PanelsAhead {
   const char *first, *second;
   int64_t bytes;
 };
+// c [panel][panel] (+)= a^T b, with a and b one panel [depth][panel] each. Meanwhile memory brings the sums, which are in no
+// near cache, and what is `ahead`.
 template <class T, int R0 = 0>
-void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool accumulate, const Others& others) {
+void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool accumulate, const PanelsAhead& ahead) {
   constexpr int left = panel<T> - R0;
   if constexpr (left > 0) {
     // Equal shares: 16 rows as 6 + 5 + 5, never 6 + 6 + 4; 32 as 11 + 11 + 10.
@@ -196,17 +197,17 @@ void multiply_transposed_run(const T* a, const T* b, int64_t depth, T* c, bool a
     if (accumulate) {
       FASTGAN_UNROLL for (int r = 0; r < 2 * R; r++) __builtin_prefetch(sums + r * lanes<T>);
     }
-    micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, sums, panel<T>, accumulate, R0 ? others.second : others.first,
-                    others.bytes);
-    multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate, others);
+    micro_run<T, R>(a + R0, TransposedStrides<T>(), b, panel<T>, depth, sums, panel<T>, accumulate, R0 ? ahead.second : ahead.first,
+                    ahead.bytes);
+    multiply_transposed_run<T, R0 + R>(a, b, depth, c, accumulate, ahead);
   }
 }
 
 template <class T>
-void multiply_transposed(const T* a, const T* b, int64_t depth, T* c, bool accumulate, Others others) {
+void multiply_transposed(const T* a, const T* b, int64_t depth, T* c, bool accumulate, PanelsAhead ahead) {
   for (int64_t k = 0; k < depth; k += run_length) {
-    multiply_transposed_run(a + k * panel<T>, b + k * panel<T>, std::min<int64_t>(run_length, depth - k), c, accumulate || k > 0, others);
-    others.first += run_length * others.bytes, others.second += run_length * others.bytes;
+    multiply_transposed_run(a + k * panel<T>, b + k * panel<T>, std::min<int64_t>(run_length, depth - k), c, accumulate || k > 0, ahead);
+    ahead.first += run_length * ahead.bytes, ahead.second += run_length * ahead.bytes;
   }
 }
 

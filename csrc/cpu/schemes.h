@@ -157,10 +157,11 @@ struct Winograd {
       int64_t cp = o / phases;
       end = std::min((cp + 1) * phases, last);
       for (int64_t some = 0; some < count; some += most) {
-        Vec<T> tap[most][2][taps];
+        constexpr int halves = panel<T> / lanes<T>;
+        Vec<T> tap[most][halves][taps];
         int64_t rows = std::min(most, count - some);
         for (int64_t k = 0; k < rows; k++) {
-          for (int half = 0; half < 2; half++) {
+          for (int half = 0; half < halves; half++) {
             prefetch_taps(weight, from + some + k + 2, cp * panel<T> + half * lanes<T>);
             load_taps(weight, from + some + k, cp * panel<T> + half * lanes<T>, tap[k][half]);
           }
@@ -170,7 +171,7 @@ struct Winograd {
           if (p < o || p >= end) continue;
           T* to = out + ((p - o) * count + some) * panel<T>;
           for (int64_t k = 0; k < rows; k++) {
-            for (int half = 0; half < 2; half++) transform_taps(tap[k][half], phase, to + k * panel<T> + half * lanes<T>, point);
+            for (int half = 0; half < halves; half++) transform_taps(tap[k][half], phase, to + k * panel<T> + half * lanes<T>, point);
           }
         }
       }
@@ -257,7 +258,9 @@ struct Direct {
     std::fill_n(out, (last - first) * count * panel<T>, T(0));
     for (int64_t kp = first; kp < last; kp++, out += count * panel<T>) {
       for (int64_t i = 0; i < panel<T> && kp * panel<T> + i < K; i++) {
-        for (int64_t d = from; d < std::min(from + count, taps * C); d++) out[(d - from) * panel<T> + i] = *weight.at(kp * panel<T> + i, d % C, d / C);
+        for (int64_t d = from; d < std::min(from + count, taps * C); d++) {
+          out[(d - from) * panel<T> + i] = *weight.at(kp * panel<T> + i, d % C, d / C);
+        }
       }
     }
   }

@@ -14,7 +14,8 @@ namespace fastgan::cpu::FASTGAN_ISA {
 
 constexpr int tile = 4;  // outputs, in both dimensions
 constexpr int line_points = tile + 1, winograd_points = line_points * line_points;
-constexpr double inner_point = 0.375, outer_point = 1.25, inner_square = inner_point * inner_point, outer_square = outer_point * outer_point;
+constexpr double inner_point = 0.375, outer_point = 1.25;
+constexpr double inner_square = inner_point * inner_point, outer_square = outer_point * outer_point;
 constexpr double common_factor = 0.5 / (outer_square - inner_square);  // of G
 
 template <class T>
