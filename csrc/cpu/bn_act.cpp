@@ -47,7 +47,7 @@ void run_with(BnAct& p, const Tensor& y, const Constants& by) {
       out[5 * p.C] = -scale * static_cast<T>(by.grad_bias[c]) / n;
     }
     p.constants = rows.data();
-    FASTGAN_DISPATCH(run_bn_act(p));
+    FASTGAN_DISPATCH_WIDE(run_bn_act(p));
   });
 }
 
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> bn_stats(Tensor y) {
   BnAct p = problem("bn_stats", BnActStep::statistics, y);
   Tensor out = make_empty({2, p.C}, stat_type(y));
   p.out = out.mutable_data_ptr();
-  FASTGAN_DISPATCH(run_bn_act(p));
+  FASTGAN_DISPATCH_WIDE(run_bn_act(p));
   return rows_of(out);
 }
 
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train(Tensor y, std::optional<Tensor> 
   with_stat_type(y, [&]<class T>(T) {
     std::vector<T> sums(2 * p.C);
     p.out = sums.data();
-    FASTGAN_DISPATCH(run_bn_act(p));
+    FASTGAN_DISPATCH_WIDE(run_bn_act(p));
     for (int64_t c = 0; c < p.C; c++) {
       static_cast<T*>(mean.mutable_data_ptr())[c] = sums[c];
       static_cast<T*>(var.mutable_data_ptr())[c] = static_cast<T>(sums[p.C + c] / count);
@@ -200,7 +200,7 @@ Tensor block_apply(Tensor y, Tensor constants, double slope) {
   check("block_apply", "constants", constants, {4, p.C}, false, stat_type(y));
   Tensor z = make_empty_like(y);
   p.constants = constants.const_data_ptr(), p.slope = slope, p.out = z.mutable_data_ptr();
-  FASTGAN_DISPATCH(run_bn_act(p));
+  FASTGAN_DISPATCH_WIDE(run_bn_act(p));
   return z;
 }
 
@@ -210,7 +210,7 @@ Tensor block_reduce(Tensor dz, Tensor y, Tensor constants, double slope) {
   check("block_reduce", "constants", constants, {4, p.C}, false, stat_type(y));
   Tensor out = make_empty({2, p.C}, stat_type(y));
   p.constants = constants.const_data_ptr(), p.slope = slope, p.out = out.mutable_data_ptr();
-  FASTGAN_DISPATCH(run_bn_act(p));
+  FASTGAN_DISPATCH_WIDE(run_bn_act(p));
   return out;
 }
 
@@ -237,7 +237,7 @@ Tensor block_backward(Tensor dz, Tensor y, std::optional<Tensor> constants, std:
       std::fill_n(out + 3 * p.C, p.C, T(1));
     }
     p.constants = out;
-    FASTGAN_DISPATCH(run_bn_act(p));
+    FASTGAN_DISPATCH_WIDE(run_bn_act(p));
   });
   return dy;
 }

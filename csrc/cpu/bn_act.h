@@ -22,6 +22,6 @@ struct BnAct {
   void* out = nullptr;              // apply, backward: like y; statistics, reduce: [2, C]
 };
 
-FASTGAN_DECLARE(void run_bn_act(const BnAct& p);)
+FASTGAN_DECLARE_WIDE(void run_bn_act(const BnAct& p);)
 
 }  // namespace fastgan::cpu

@@ -1,6 +1,6 @@
 // bn_act's four passes: one read (two for gradients) and at most one write per element, in tasks of fixed size, so that
 // sums are the same for any number of threads.
-#if !defined(__AVX512F__)  // the AVX2 copy serves; see isa.h
+#if !defined(__AMX_BF16__)  // the AVX-512 copy serves; see isa.h
 #include "cpu/bn_act.h"
 
 #include <vector>
@@ -43,7 +43,9 @@ struct Wide {
 
 FASTGAN_INLINE Wide<double> widened(Vec<double> x) { return {{x}}; }
 FASTGAN_INLINE Wide<float> widened(Vec<float> x) {
-#if defined(__AVX2__)  // spelt out: compilers take the halves through memory
+#if defined(__AVX512F__)  // spelt out: compilers take the halves through memory
+  return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(Vec<double>(x), 1)))}};
+#elif defined(__AVX2__)
   return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))}};
 #else
   return {{Vec<double>{x[0], x[1], x[2], x[3]}, Vec<double>{x[4], x[5], x[6], x[7]}}};

@@ -15,11 +15,6 @@ Half half(const Tensor& logits, const Tensor& some, double target, const Tensor&
   return {logits.const_data_ptr(), logits.numel(), target, out, gradient.mutable_data_ptr()};
 }
 
-void run(Storage type, const Half* halves, int64_t count) {
-  FASTGAN_IF_AVX512(if (isa() >= Isa::avx512) return avx512::run_gan_bce(type, halves, count);)
-  FASTGAN_DISPATCH(run_gan_bce(type, halves, count));
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> gan_bce(std::optional<Tensor> real, std::optional<Tensor> fake, double real_target,
@@ -35,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> gan_bce(std::optional<Tensor> real, std::opti
   int64_t count = 0;
   if (real) halves[count++] = half(*real, some, real_target, stats, 0, grad_real);
   if (fake) halves[count++] = half(*fake, some, fake_target, stats, 1, grad_fake);
-  run(storage_of("gan_bce", "logits", some), halves, count);
+  FASTGAN_DISPATCH_WIDE(run_gan_bce(storage_of("gan_bce", "logits", some), halves, count));
   return {stats, grad_real, grad_fake};
 }
 

@@ -16,7 +16,6 @@ struct Half {
   void *stats, *gradient;
 };
 
-FASTGAN_DECLARE(void run_gan_bce(Storage type, const Half* halves, int64_t count);)
-FASTGAN_IF_AVX512(namespace avx512 { void run_gan_bce(Storage type, const Half* halves, int64_t count); })
+FASTGAN_DECLARE_WIDE(void run_gan_bce(Storage type, const Half* halves, int64_t count);)
 
 }  // namespace fastgan::cpu
