@@ -15,7 +15,7 @@ import torch
 
 from fastgan.backends import BACKENDS
 from fastgan.bench.machine import best_of, environment, peaks
-from fastgan.bench.pairing import median_interval, ratio, seconds
+from fastgan.bench.pairing import keep_freed_memory, median_interval, ratio, seconds
 from fastgan.errors import FastganError
 from fastgan.files import check_place, replacing
 
@@ -33,6 +33,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    keep_freed_memory()
     config.stash[ROWS] = []
     if file := config.getoption("rows"):
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastgan.backends import use_backend
-from fastgan.bench.pairing import ratio, seconds
+from fastgan.bench.pairing import keep_freed_memory, ratio, seconds
 from fastgan.nn import ConvStack
 
 DOWN = [(1, 16), (3, 64), (16, 32), (32, 64), (64, 128), (256, 512)]  # channels in and out of a strided convolution
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="about as long each pair is measured")
     parser.add_argument("--only", default="", help="part of a line's name")
     arguments = parser.parse_args()
+    keep_freed_memory()
     for kind, channels, size, batch in product(("down", "up", "3x3"), DOWN, SIZES, BATCHES):
         gflop = 2e-9 * batch * size * size * channels[0] * channels[1] * (9 if kind == "3x3" else 4)
         name = f"{kind} {channels[0]}-{channels[1]} {size}x{size} batch {batch}"

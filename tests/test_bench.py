@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import platform
 import re
 import statistics
 import subprocess
@@ -215,6 +217,31 @@ class TestPairing:
         times = pairing.interleave(competitors, 3, 1, CPU)
         assert "".join(order) == "abcbcacab"
         assert {name: len(t) for name, t in times.items()} == dict.fromkeys(names, 3)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's allocator")
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_is_not_fetched_again(kept):
+    """Three blocks of 20 MB at a time, all freed: their pages come from the system each time, or once."""
+    program = f"""
+import ctypes, resource
+from fastgan.bench.pairing import keep_freed_memory
+if {kept}:
+    keep_freed_memory()
+size, libc = 20_000_000, ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def faults_of_a_turn():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(size) for _ in range(3)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sorted(faults_of_a_turn() for _ in range(9))[4])
+"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=plain, check=True)
+    assert (int(done.stdout) < 100) == kept, done.stdout
 
 
 class TestFloor:
