@@ -254,13 +254,14 @@ bool use_winograd(const Convolution& c) {
   return c.C >= 16 && c.K >= (c.direction == Direction::to_large ? 128 : 16);
 }
 
-// Products that read the images in place. To the small side rows must be long enough; to the weight each image has sums of its
-// own, which must be worth making and stay in the second-level cache (256 KB of them). Im2col has no pass to the large side.
+// Products that read the images in place. To the small side rows must be long enough, and transforms would leave half a panel
+// empty, or more; to the weight each image has sums of its own, which must be worth making and stay in the second-level cache
+// (256 KB of them). Im2col has no pass to the large side.
 bool use_in_place(const Convolution& c) {
   if (c.C <= thin_channels) return c.scheme != scheme_winograd;
   if (c.direction == Direction::to_large) return !use_winograd(c);
   if (c.scheme != scheme_automatic) return false;
-  if (c.direction == Direction::to_small) return c.C < 16 && c.W >= 4;
+  if (c.direction == Direction::to_small) return (c.C < 16 || 2 * c.C <= panel<float>) && c.W >= 4;
   return c.C <= 16 && c.H * c.W >= 64 && c.C * c.K <= 4096;
 }
 
