@@ -21,12 +21,41 @@ def operation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return bn_act(x, None, None, weight, bias, training=True)
 
 
+class Nothing(torch.autograd.Function):
+    """Memory for the result and the gradients, without any computation."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+    @staticmethod
+    def backward(ctx, _):
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+def inputs_of(n: int, channels: int, *size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(n, channels, *size, device=device)
+    return x, torch.ones(channels, device=device), torch.zeros(channels, device=device)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("what", PASSES)
 def test_bn_act(pair, benchmark, batch, device, what, shape, provider):
     benchmark.group = f"bn_act {what}"
-    n, channels, *size = SHAPES[shape]
-    x = torch.randn(batch(n), channels, *size, device=device)
-    inputs = (x, torch.ones(channels, device=device), torch.zeros(channels, device=device))
+    n, *sizes = SHAPES[shape]
+    inputs = inputs_of(batch(n), *sizes, device=device)
     run, reference = (passes("bn_act", p, what, definition, operation, inputs) for p in (provider, "tuned"))
-    pair(run, reference, gigabytes=1e-9 * CROSSINGS[what] * x.nbytes)
+    pair(run, reference, gigabytes=1e-9 * CROSSINGS[what] * inputs[0].nbytes)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("what", PASSES)
+@pytest.mark.parametrize("competitor", ["no kernel"])
+def test_floor(pair, benchmark, batch, device, what, shape, competitor):
+    """What a call through autograd takes besides: no kernel comes below this and its bytes at a copy's bandwidth."""
+    benchmark.group = f"bn_act {what}"
+    n, *sizes = SHAPES[shape]
+    inputs = inputs_of(batch(n), *sizes, device=device)
+    run, reference = (passes("bn_act", "tuned", what, f, operation, inputs) for f in (Nothing.apply, definition))
+    pair(run, reference)

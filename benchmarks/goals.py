@@ -1,5 +1,6 @@
 """What fastgan wants of a CPU, beside what was measured: the table of goals in docs/speed.md."""
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -94,7 +95,8 @@ def of_layers(rows: list[dict], peaks: dict[str, float]) -> list[Goal]:
 
 
 def of_operations(rows: list[dict], peaks: dict[str, float]) -> list[Goal]:
-    """Beside eager at the bandwidth of a copy, or with no kernel's time at all."""
+    """Beside eager, with a limit where eager's time is compared to that of a call without a kernel and, of an operation
+    that waits for memory, of its bytes at the bandwidth of a copy."""
     no_kernel = {
         (row["group"], row["name"]): row["times_reference"][0] for row in rows if row["provider"] == "no kernel"
     }
@@ -104,7 +106,8 @@ def of_operations(rows: list[dict], peaks: dict[str, float]) -> list[Goal]:
         if what == "both" and operation in OPERATIONS and row["provider"] == "cpu":
             name, ratio = f"{operation}, {row['name']}, forward and backward", row["times_reference"][0]
             share = row["GB/s"] / peaks["copy GB/s"] if "GB/s" in row else None
-            limit = ratio / share if share else no_kernel.get((row["group"], row["name"]))
+            bytes_and_call = (share or 0) / ratio + 1 / no_kernel.get((row["group"], row["name"]), math.inf)
+            limit = 1 / bytes_and_call if bytes_and_call else None
             found.append(Goal(f"{name}, times eager", OPERATIONS[operation], ratio, limit=limit))
             if share:
                 found.append(Goal(f"{name}, share of a copy's bandwidth", COPY, share, limit=1.0))
