@@ -184,9 +184,11 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
   T* y = scratch<T>(Scratch::small, Scheme::points * point_stride<T>(inner, step * tiles | 1));
   constexpr int64_t together = 4;  // panels of K whose blocks are summed side by side, so that they stay in cache
   constexpr int64_t block = panel<T> * panel<T>, blocks = Scheme::points * Scheme::phases * block;
-  int64_t k_groups = (inner + together - 1) / together;
-  bool once = step >= s.N;
-  T* sums = once ? nullptr : scratch<T>(Scratch::sums, groups * k_groups * together * blocks);
+  int64_t k_groups = (inner + together - 1) / together, tasks = groups * k_groups;
+  // Few channels are few tasks: then points are shared out, too, and sums go to the weight when all are there.
+  int64_t cuts = tasks < 2 * thread_count() ? std::min<int64_t>(Scheme::points, 2 * thread_count()) : 1;
+  bool once = step >= s.N && cuts == 1;
+  T* sums = once ? nullptr : scratch<T>(Scratch::sums, tasks * together * blocks);
   for (int64_t first = 0; first < s.N; first += step) {
     int64_t count = std::min(step, s.N - first), rows = count * tiles, stride = rows | 1;
     parallel(count, [&](int64_t i) {
@@ -196,19 +198,20 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
       read_image(small_source, first + i, s.H, s.W, s.K, scheme.small, image);
       scheme.small_to_operand(image, y + i * tiles * panel<T>, stride);
     });
-    parallel(groups * k_groups, [&](int64_t task) {
+    parallel(tasks * cuts, [&](int64_t i) {
+      int64_t task = i / cuts, cut = i % cuts;
       int64_t group = task / k_groups, kp = task % k_groups * together, kps = std::min(together, inner - kp);
       T* sum = once ? scratch<T>(Scratch::image, together * blocks) : sums + task * together * blocks;
-      auto outer_panel = [&](int at) {  // of a point and phase
+      auto outer_panel = [&](int64_t at) {  // of a point and phase
         return v + at / Scheme::phases * point_stride<T>(outer, stride) + (group * Scheme::phases + at % Scheme::phases) * stride * panel<T>;
       };
-      auto inner_panel = [&](int point, int64_t k) { return y + point * point_stride<T>(inner, stride) + (kp + k) * stride * panel<T>; };
-      constexpr int last = Scheme::points * Scheme::phases - 1;
-      for (int at = 0; at <= last; at++) {
-        int point = at / Scheme::phases;
+      auto inner_panel = [&](int64_t point, int64_t k) { return y + point * point_stride<T>(inner, stride) + (kp + k) * stride * panel<T>; };
+      int64_t begin = Scheme::points * cut / cuts * Scheme::phases, end = Scheme::points * (cut + 1) / cuts * Scheme::phases;
+      for (int64_t at = begin; at < end; at++) {
+        int64_t point = at / Scheme::phases;
         // All of the large side's next panel, and of the small side's at the next point.
-        const T* next = outer_panel(std::min(at + 1, last));
-        const T* next_inner = inner_panel(std::min(point + 1, Scheme::points - 1), at % Scheme::phases * kps / Scheme::phases);
+        const T* next = outer_panel(std::min(at + 1, end - 1));
+        const T* next_inner = inner_panel(std::min(point + 1, (end - 1) / Scheme::phases), at % Scheme::phases * kps / Scheme::phases);
         for (int64_t k = 0; k < kps; k++) {
           int64_t part = k * rows * panel<T> / kps;
           PanelsAhead ahead{reinterpret_cast<const char*>(next + part), reinterpret_cast<const char*>(next_inner + part),
@@ -216,11 +219,16 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
           multiply_transposed(outer_panel(at), inner_panel(point, k), rows, sum + k * blocks + at * block, first > 0, ahead);
         }
       }
-      if (first + count == s.N) {
+      if (cuts == 1 && first + count == s.N) {
         for (int64_t k = 0; k < kps; k++) scheme.blocks_to_weight(sum + k * blocks, group, kp + k, weight);
       }
     });
   }
+  if (cuts == 1) return;
+  parallel(groups * inner, [&](int64_t i) {
+    int64_t group = i / inner, kp = i % inner;
+    scheme.blocks_to_weight(sums + (group * k_groups * together + kp) * blocks, group, kp, weight);
+  });
 }
 
 template <class T, class S>
