@@ -53,7 +53,7 @@ def test_bn_act(pair, benchmark, batch, device, what, shape, provider):
 @pytest.mark.parametrize("what", PASSES)
 @pytest.mark.parametrize("competitor", ["no kernel"])
 def test_floor(pair, benchmark, batch, device, what, shape, competitor):
-    """What a call through autograd takes besides: no kernel comes below this and its bytes at a copy's bandwidth."""
+    """What a call through autograd takes besides: with its bytes at a copy's bandwidth, the least from memory."""
     benchmark.group = f"bn_act {what}"
     n, *sizes = SHAPES[shape]
     inputs = inputs_of(batch(n), *sizes, device=device)

@@ -344,6 +344,7 @@ _SETS = ("plain", "avx2", "avx512", "amx")
 # a thin convolution is one in fp32 that AMX leaves to the others.
 _USUAL = ("plain", "avx2")
 _COPIES: dict[torch.dtype | str, tuple[str, ...]] = {
+    "bn_act": ("plain", "avx2", "avx512"),
     "gan_bce": ("plain", "avx2", "avx512"),
     "thin convolution": ("plain", "avx2", "avx512"),
     torch.float32: _SETS,

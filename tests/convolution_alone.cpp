@@ -94,7 +94,7 @@ int main() {
     for (int64_t C : {1, 2, 3, 4}) ok &= run(2, C, 40, 5, 4, C % 2, channels_last), ok &= run(1, C, 64, 3, 17, false, channels_last);
     for (int64_t C : {1, 2, 3, 4}) ok &= run(2, C, 130, 1, 70, C % 2, channels_last), ok &= run(1, C, 1, 6, 1, false, channels_last);
     ok &= run(4, 1, 1, 6, 5, false, channels_last);
-    ok &= run(2, 17, 24, 5, 6, true, channels_last);
+    ok &= run(2, 16, 40, 5, 7, true, channels_last), ok &= run(2, 17, 24, 5, 6, true, channels_last);
     ok &= run(3, 64, 130, 6, 8, false, channels_last);
     ok &= run(3, 12, 24, 8, 9, true, channels_last), ok &= run(5, 24, 40, 4, 5, false, channels_last);
     ok &= run(5, 33, 128, 8, 8, false, channels_last);

@@ -359,24 +359,24 @@ def test_explain_tells_of_every_public_operation_who_decides(operation):
 
 
 @pytest.mark.parametrize(
-    ("found", "others"), [("amx", "avx2"), ("avx512", "avx2"), ("avx2", "avx2"), ("plain", "plain")]
+    ("found", "others"), [("amx", "avx512"), ("avx512", "avx512"), ("avx2", "avx2"), ("plain", "plain")]
 )
 def test_explain_names_the_instruction_set(found, others, monkeypatch):
-    """Only convolutions and gan_bce have copies for AVX-512, and convolutions for AMX."""
+    """bn_act and gan_bce have copies for AVX-512, convolutions for AMX, too, adam_ema for neither."""
     library.load("cpu")
     monkeypatch.setattr(torch.ops.fastgan_cpu, "instruction_set", lambda: found)
     assert backends.instruction_set(torch.float32) == backends.instruction_set(torch.bfloat16) == found
-    assert backends.instruction_set("gan_bce") == {"amx": "avx512"}.get(found, found)
+    assert backends.instruction_set("gan_bce") == others
+    assert backends.instruction_set("adam_ema") == {"plain": "plain"}.get(found, "avx2")
     assert f"cpu (forced; {others} kernels)" in str(fastgan.explain("bn_act", X.cpu(), backend="cpu")[0])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
-@pytest.mark.parametrize("measured_kernels", ["avx2", "plain"])
+@pytest.mark.parametrize("measured_kernels", ["avx512", "avx2", "plain"])
 def test_only_the_kernels_that_were_measured_are_taken(monkeypatch, measured_kernels):
     measured(monkeypatch, backend="cpu", kernels=measured_kernels)
     library.load("cpu")
-    for found in ("avx512", "avx2", "plain"):
-        runs = found.replace("avx512", "avx2")
+    for found, runs in (("amx", "avx512"), ("avx512", "avx512"), ("avx2", "avx2"), ("plain", "plain")):
         monkeypatch.setattr(torch.ops.fastgan_cpu, "instruction_set", lambda found=found: found)
         (layer,) = fastgan.explain("bn_act", X)
         assert layer.decision == (

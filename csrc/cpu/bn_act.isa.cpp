@@ -150,7 +150,7 @@ struct Block {
     if constexpr (channels_last) {
       for (int64_t r = 0; r < rows; r += Some::terms) {
         int64_t i = 0;
-        for (; i + 2 * lanes<T> <= width; i += 2 * lanes<T>) sum_rows<Some, 2>(out, i, lanes<T>, r, f);  // of a cache line
+        for (; i + 2 * lanes<T> <= width; i += 2 * lanes<T>) sum_rows<Some, 2>(out, i, lanes<T>, r, f);  // a whole cache line, or two
         for (; i < width; i += lanes<T>) sum_rows<Some, 1>(out, i, std::min<int64_t>(lanes<T>, width - i), r, f);
       }
     } else {

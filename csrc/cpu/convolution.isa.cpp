@@ -185,8 +185,12 @@ void to_weight(const Sizes& s, const OperandView& large, const OperandView& smal
   constexpr int64_t together = 4;  // panels of K whose blocks are summed side by side, so that they stay in cache
   constexpr int64_t block = panel<T> * panel<T>, blocks = Scheme::points * Scheme::phases * block;
   int64_t k_groups = (inner + together - 1) / together, tasks = groups * k_groups;
-  // Few channels are few tasks: then points are shared out, too, and sums go to the weight when all are there.
-  int64_t cuts = tasks < 2 * thread_count() ? std::min<int64_t>(Scheme::points, 2 * thread_count()) : 1;
+  // Up to some 64 channels are few tasks: then points are shared out, too, and sums (of `few` tasks, some 25 MB) go to the weight
+  // when all are there.
+  constexpr int64_t few = 16;
+  int64_t threads = thread_count();
+  bool cut_points = threads > 1 && tasks < std::min(2 * threads, few);
+  int64_t cuts = cut_points ? std::min<int64_t>(Scheme::points, 4 * threads / tasks) : 1;
   bool once = step >= s.N && cuts == 1;
   T* sums = once ? nullptr : scratch<T>(Scratch::sums, tasks * together * blocks);
   for (int64_t first = 0; first < s.N; first += step) {
@@ -262,8 +266,8 @@ bool use_winograd(const Convolution& c) {
   return c.C >= 16 && c.K >= (c.direction == Direction::to_large ? 128 : 16);
 }
 
-// Products that read the images in place. To the small side rows must be long enough, and transforms would leave half a panel
-// empty, or more; to the weight each image has sums of its own, which must be worth making and stay in the second-level cache
+// Products that read the images in place. To the small side rows must be long enough, and the alternative im2col or half-empty
+// panels; to the weight each image has sums of its own, which must be worth making and stay in the second-level cache
 // (256 KB of them). Im2col has no pass to the large side.
 bool use_in_place(const Convolution& c) {
   if (c.C <= thin_channels) return c.scheme != scheme_winograd;

@@ -256,10 +256,13 @@ struct Direct {
 
   void weight_to_small(const Filters<const T>& weight, int64_t first, int64_t last, int64_t from, int64_t count, T* out, int64_t) const {
     std::fill_n(out, (last - first) * count * panel<T>, T(0));
+    int64_t end = std::min(from + count, taps * C);
     for (int64_t kp = first; kp < last; kp++, out += count * panel<T>) {
       for (int64_t i = 0; i < panel<T> && kp * panel<T> + i < K; i++) {
-        for (int64_t d = from; d < std::min(from + count, taps * C); d++) {
-          out[(d - from) * panel<T> + i] = *weight.at(kp * panel<T> + i, d % C, d / C);
+        T* to = out + i;
+        for (int64_t d = from, tap = from / C, c = from % C; d < end; d++, to += panel<T>) {
+          *to = *weight.at(kp * panel<T> + i, c, tap);
+          if (++c == C) c = 0, tap++;
         }
       }
     }

@@ -55,22 +55,22 @@ def seconds(run: Callable[[], object], calls: int, device: torch.device) -> floa
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep for this process what it frees. By default the end of its heap goes back to the system when it
-    grows, and comes back page fault by page fault: a training step, whose tensors always have the same sizes, has none,
-    but competitors that take turns with an operation have thousands, whichever of them meets that end. Elsewhere
-    nothing happens."""
+    """Lets glibc keep, for the rest of this process, what it frees of blocks below 32 MiB, the most that can be set.
+    By default the end of its heap goes back to the system when it grows, and comes back page fault by page fault: a
+    training step, whose tensors always have the same sizes, has none, but competitors that take turns with an operation
+    have thousands, whichever of them meets that end. With another C library nothing happens."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         set_option(m_trim_threshold, 2**31 - 1)
-        set_option(m_mmap_threshold, 2**25)  # the most that it takes
+        set_option(m_mmap_threshold, 2**25)
 
 
 def interleave(
     competitors: Mapping[str, Callable[[], object]], rounds: int, calls: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds per call of each competitor in each round. The order turns by one from round to round, so that none
-    always comes first; garbage is collected between rounds, not within."""
+    always comes first; garbage is collected between rounds, not within. See `keep_freed_memory`, too."""
     keep_freed_memory()
     names = list(competitors)
     times: dict[str, list[float]] = {name: [] for name in names}
