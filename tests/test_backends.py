@@ -82,7 +82,8 @@ def test_what_depends_on_the_number_of_elements_is_looked_up_by_it(monkeypatch, 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the table is for CPU tensors")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_activation_alone_takes_no_row_of_batch_norm(monkeypatch, compiled):
-    measured(monkeypatch, backend="cpu")
+    library.load("cpu")
+    measured(monkeypatch, backend="cpu", kernels=backends.instruction_set("bn_act"))
 
     class Block(nn.Module):
         def forward(self, x, backend=None):

@@ -162,9 +162,8 @@ struct Block {
         }
         all.add(some.wide());
       }
-      for (int k = 0; k < Wide<T>::parts; k++) {
-        for (int l = 0; l < lanes<double>; l++) out[channel] += all.first.part[k][l], out[C + channel] += all.second.part[k][l];
-      }
+      for (int k = 1; k < Wide<T>::parts; k++) all.first.part[0] += all.first.part[k], all.second.part[0] += all.second.part[k];
+      for (int l = 0; l < lanes<double>; l++) out[channel] += all.first.part[0][l], out[C + channel] += all.second.part[0][l];
     }
   }
 
@@ -270,12 +269,16 @@ void run(const BnAct& p) {
     frozen = std::all_of(rows, rows + 2 * p.C, [](T x) { return x == 0; });
   }
   double* partial = sums ? scratch<double>(Scratch::partial, blocks * 2 * p.C) : nullptr;
-  parallel(channels_last ? cuts : p.N * p.C * cuts, [&](int64_t task) {
-    int64_t cut = task % cuts, plane = task / cuts, image = channels_last ? 0 : plane / p.C;
-    int64_t channel = channels_last ? 0 : plane % p.C, row = channels_last ? p.C : 1;
-    double* own = sums ? partial + (image * cuts + cut) * 2 * p.C : nullptr;
-    if (sums) std::fill_n(own + channel, row, 0.0), std::fill_n(own + p.C + channel, row, 0.0);
-    run_task<S, T, channels_last>(p, image, channel, cut * pixels, std::min(pixels, unit - cut * pixels), frozen, own);
+  // A task is one cut or, where planes are small, some whole ones.
+  int64_t all = channels_last ? cuts : p.N * p.C * cuts, together = cuts == 1 ? std::max<int64_t>(1, task_values / unit) : 1;
+  parallel((all + together - 1) / together, [&](int64_t task) {
+    for (int64_t i = task * together; i < std::min((task + 1) * together, all); i++) {
+      int64_t cut = i % cuts, plane = i / cuts, image = channels_last ? 0 : plane / p.C;
+      int64_t channel = channels_last ? 0 : plane % p.C, row = channels_last ? p.C : 1;
+      double* own = sums ? partial + (image * cuts + cut) * 2 * p.C : nullptr;
+      if (sums) std::fill_n(own + channel, row, 0.0), std::fill_n(own + p.C + channel, row, 0.0);
+      run_task<S, T, channels_last>(p, image, channel, cut * pixels, std::min(pixels, unit - cut * pixels), frozen, own);
+    }
   });
   if (sums) {
     std::vector<double> result(2 * p.C);
