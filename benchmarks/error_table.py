@@ -1,5 +1,5 @@
-"""Errors of the kernels beside PyTorch's own, against the fp64 definition: `python benchmarks/error_table.py` makes
-`docs/errors.md`.
+"""Errors of the kernels beside PyTorch's own, against the fp64 definition: `FASTGAN_CPU=avx2 python
+benchmarks/error_table.py` makes `docs/errors.md`, by the copies for AVX2, which most processors have.
 
 On a machine without a card Triton's kernels run in the mended interpreter of `tests/interpreter.py`. The rows are
 outputs of the public operations, forward and backward, so that PyTorch's own implementation is what a user would have
@@ -21,6 +21,7 @@ from fastgan import backends
 from fastgan.ops import bn_act, conv_bn_act, conv_transpose_bn_act, gan_bce
 from fastgan.tolerance import Errors, errors
 
+COMMAND = "FASTGAN_CPU=avx2 python benchmarks/error_table.py"
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 BACKENDS = ("cpu", "triton") if DEVICE == "cpu" else ("triton", "cuda")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -104,14 +105,18 @@ def line(what: list[str], mine: Errors, own: Errors) -> str:
 
 
 def main() -> None:
+    has_kernels = "cpu" in BACKENDS and backends.why_not("cpu", "bn_act", DEVICE, torch.float32) is None
+    if has_kernels and torch.ops.fastgan_cpu.instruction_set() != "avx2":
+        sys.exit(f"the page is of the copies for AVX2: run {COMMAND}")
     lines = [
         "# Errors of the kernels beside PyTorch's own",
         "",
-        "Made by `python benchmarks/error_table.py`; do not edit. RMS and maximum error against the definition",
+        f"Made by `{COMMAND}`; do not edit. RMS and maximum error against the definition",
         "in fp64, of one input each, for the outputs of the public operations and their first gradients. PyTorch's are",
         f"those of {torch.__version__} in the same dtype on the same device, {DEVICE}"
         + (", where Triton's kernels run in the interpreter." if DEVICE == "cpu" else "."),
         f"Those of its sums depend on the number of threads, here {torch.get_num_threads()}; ours do not.",
+        "The cpu rows are of the copies for AVX2; those for AVX-512 add in another order.",
         "What every run of the tests asks for is in [coverage.md](coverage.md).",
         "The convolution itself is the library's in both columns.",
         "",
