@@ -106,8 +106,9 @@ def of_operations(rows: list[dict], peaks: dict[str, float]) -> list[Goal]:
         if what == "both" and operation in OPERATIONS and row["provider"] == "cpu":
             name, ratio = f"{operation}, {row['name']}, forward and backward", row["times_reference"][0]
             share = row["GB/s"] / peaks["copy GB/s"] if "GB/s" in row else None
-            bytes_and_call = (share or 0) / ratio + 1 / no_kernel.get((row["group"], row["name"]), math.inf)
-            limit = 1 / bytes_and_call if bytes_and_call else None
+            call = 1 / no_kernel.get((row["group"], row["name"]), math.inf)
+            least = call + (share or 0) / ratio  # of eager's time
+            limit = 1 / least if least else None
             found.append(Goal(f"{name}, times eager", OPERATIONS[operation], ratio, limit=limit))
             if share:
                 found.append(Goal(f"{name}, share of a copy's bandwidth", COPY, share, limit=1.0))

@@ -8,13 +8,15 @@ stack's, with its 95 % confidence interval. `_own` in `fastgan/nn/stack_cpu.py` 
 """
 
 import argparse
+import gc
+import statistics
 from itertools import product
 
 import torch
 from torch import nn
 
 from fastgan.backends import use_backend
-from fastgan.bench.pairing import keep_freed_memory, ratio, seconds
+from fastgan.bench.pairing import interleave, ratio, seconds
 from fastgan.nn import ConvStack
 
 DOWN = [(1, 16), (3, 64), (16, 32), (32, 64), (64, 128), (256, 512)]  # channels in and out of a strided convolution
@@ -57,11 +59,8 @@ def measure(kind: str, channels: tuple[int, int], size: int, batch: int, seconds
     device = input.device
     once = max(seconds(f, 1, device) for f in (fused, eager, fused, eager))
     rounds = max(7, min(100, int(seconds_each / 2 / once)))
-    own, others = [], []
-    for turn in range(rounds):
-        for f, times in ((fused, own), (eager, others)) if turn % 2 else ((eager, others), (fused, own)):
-            times.append(seconds(f, 1, device))
-    return sorted(own)[rounds // 2], ratio(others, own)
+    times = interleave({"fused": fused, "eager": eager}, rounds, 1, device)
+    return statistics.median(times["fused"]), ratio(times["eager"], times["fused"])
 
 
 def main() -> None:
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.1, help="about as long each pair is measured")
     parser.add_argument("--only", default="", help="part of a line's name")
     arguments = parser.parse_args()
-    keep_freed_memory()
+    gc.freeze()  # collections between rounds need not walk all of PyTorch
     for kind, channels, size, batch in product(("down", "up", "3x3"), DOWN, SIZES, BATCHES):
         gflop = 2e-9 * batch * size * size * channels[0] * channels[1] * (9 if kind == "3x3" else 4)
         name = f"{kind} {channels[0]}-{channels[1]} {size}x{size} batch {batch}"

@@ -342,11 +342,11 @@ def _undecided(*_: Any) -> None:
 _SETS = ("plain", "avx2", "avx512", "amx")
 # Which of them the CPU kernels have copies for, of convolutions by dtype and of what else has more than the usual ones;
 # a thin convolution is one in fp32 that AMX leaves to the others.
-_USUAL = ("plain", "avx2")
+_USUAL, _WIDE = ("plain", "avx2"), ("plain", "avx2", "avx512")
 _COPIES: dict[torch.dtype | str, tuple[str, ...]] = {
-    "bn_act": ("plain", "avx2", "avx512"),
-    "gan_bce": ("plain", "avx2", "avx512"),
-    "thin convolution": ("plain", "avx2", "avx512"),
+    "bn_act": _WIDE,
+    "gan_bce": _WIDE,
+    "thin convolution": _WIDE,
     torch.float32: _SETS,
     torch.bfloat16: _SETS,
     torch.float64: _USUAL,

@@ -13,16 +13,17 @@ from fastgan import library
 from fastgan.backends import counts, reset_counts, use_backend
 from fastgan.nn import ConvStack
 from fastgan.nn.stack import as_batches
+from fastgan.tolerance import FACTOR, errors
 
 SIZES = (2, 4)
 # Winograd rounds each transformed weight once for all pixels, which a mean over pixels cannot average away: running
 # means of 4x4 stride-2 convolutions were 1.1 to 2.9 times as wrong as PyTorch's over 8 to 64 channels (RMS 1e-8 of the
 # activations' 0.5), with outputs and everything else within 2.
 WINOGRAD_MEAN = 3.0
-# The loss does not depend on the last affine parameters, for a BatchNorm follows: their gradients are what rounding
-# leaves, right to a thousandth. Over 16 pools of 32 draws the kernels' maximum was 1.1 to 3.4 times PyTorch's, the RMS
-# 1.2 to 1.5 times; over 8 by those of e4644e9, which took other algorithms, 1.4 to 3.0 and 1.2 to 1.5.
-CANCELLED = 5.0
+# The loss does not depend on the scale before another BatchNorm: its gradient is what rounding leaves, right to a
+# thousandth. Over 16 pools of 32 draws its maximum was 1.1 to 3.4 times PyTorch's, the RMS 1.2 to 1.5 times, which is
+# held to 2; over 8 pools by the kernels of e4644e9, which took other algorithms, 1.4 to 3.0 and 1.2 to 1.5.
+CANCELLED, CANCELLED_MAXIMUM = "10.weight", 4.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,20 +108,22 @@ def test_two_processes_are_one(pair, dtype, penalty, draws, backend):
 
     truth, own = [[torch.stack(of_one) for of_one in zip(*whole(d), strict=True)] for d in (torch.float64, dtype)]
     one, two = [[torch.stack(of_one) for of_one in zip(*results, strict=True)] for results in parts]
-    means = [2 + i for i, (name, _) in enumerate(network().named_buffers()) if name.endswith("running_mean")]
-    names = ["output", "input", *(name for name, _ in network().named_buffers())]
-    cancelled = [len(names) + i for i, (name, _) in enumerate(network().named_parameters()) if name.startswith("10.")]
-    for index, (first, second) in enumerate(zip(one, two, strict=True)):
+    kept = (*network().named_buffers(), *network().named_parameters())
+    names = ["output", "input", *(name for name, _ in kept)]
+    for index, (name, first, second) in enumerate(zip(names, one, two, strict=True)):
         if index >= 2:
-            assert torch.equal(first, second), f"tensor {index} differs between the processes"
+            assert torch.equal(first, second), f"{name} differs between the processes"
         got = torch.cat([first, second], 1) if index < 2 else first
         if dtype == torch.float64 and got.is_floating_point():
             torch.testing.assert_close(got, truth[index], rtol=1e-9, atol=1e-9)
         elif got.is_floating_point():
-            factor = 2.0
-            if backend == "cpu" and index in (*means, *cancelled):
-                factor = WINOGRAD_MEAN if index in means else CANCELLED
-            assert_as_right_as_torch(got, own[index], truth[index], f"tensor {index}", factor)
+            factor = FACTOR
+            if backend == "cpu" and name.endswith("running_mean"):
+                factor = WINOGRAD_MEAN
+            elif backend == "cpu" and name == CANCELLED:
+                factor = CANCELLED_MAXIMUM
+                assert errors(got, truth[index]).rms <= FACTOR * errors(own[index], truth[index]).rms
+            assert_as_right_as_torch(got, own[index], truth[index], name, factor)
         else:
             assert torch.equal(got, truth[index])
 

@@ -266,9 +266,9 @@ bool use_winograd(const Convolution& c) {
   return c.C >= 16 && c.K >= (c.direction == Direction::to_large ? 128 : 16);
 }
 
-// Products that read the images in place. To the small side rows must be long enough, and the alternative im2col or half-empty
-// panels; to the weight each image has sums of its own, which must be worth making and stay in the second-level cache
-// (256 KB of them). Im2col has no pass to the large side.
+// Products that read the images in place. To the small side rows must be long enough, and channels so few that the alternative is
+// im2col (below 16) or Winograd with panels half empty; to the weight each image has sums of its own, which must be worth making
+// and stay in the second-level cache (256 KB of them). Im2col has no pass to the large side.
 bool use_in_place(const Convolution& c) {
   if (c.C <= thin_channels) return c.scheme != scheme_winograd;
   if (c.direction == Direction::to_large) return !use_winograd(c);
