@@ -111,5 +111,5 @@ def of_operations(rows: list[dict], peaks: dict[str, float]) -> list[Goal]:
             limit = 1 / least if least else None
             found.append(Goal(f"{name}, times eager", OPERATIONS[operation], ratio, limit=limit))
             if share:
-                found.append(Goal(f"{name}, share of a copy's bandwidth", COPY, share, limit=1.0))
+                found.append(Goal(f"{name}, share of a copy's bandwidth", COPY, share, limit=share * limit / ratio))
     return found
