@@ -1,5 +1,7 @@
 """Device, precision and backend as commands are asked for them."""
 
+import os
+
 import torch
 
 from fastgan.backends import why_not
@@ -35,6 +37,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_backend(name: str, device: torch.device, precision: torch.dtype) -> None:
-    """Raise BackendError where the backend that was asked for cannot run; the words are those of `fastgan.info`."""
+    """Raise BackendError where the backend that was asked for cannot run, in the words of `fastgan.info`, and
+    FastganError for a FASTGAN_CPU that cannot be: before there is a run folder."""
     if name != "auto" and (reason := why_not(name, device=device.type, dtype=precision)) is not None:
         raise BackendError(f"--backend: {reason}; auto chooses for each operation")
+    if name == "auto" and device.type == "cpu" and "FASTGAN_CPU" in os.environ:
+        why_not("cpu")

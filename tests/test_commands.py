@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -106,6 +108,15 @@ def test_output_that_cannot_be_written(arguments, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(loop, "make_run_folder", refuse)
     assert main(arguments()) == 2
     assert f"{tmp_path / 'run'}: Permission denied; choose a folder that you may write to" in capsys.readouterr().err
+
+
+def test_unknown_instruction_set_leaves_no_run_folder(arguments, tmp_path):
+    """In a process of its own: FASTGAN_CPU is read once."""
+    command = [sys.executable, "-m", "fastgan.train", *arguments()]
+    before, environment = set(tmp_path.rglob("*")), os.environ | {"FASTGAN_CPU": "sse9"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: FASTGAN_CPU must be plain, avx2, avx512 or amx, got sse9\n")
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_disk_full_from_the_start(arguments, tmp_path, monkeypatch, capsys):
