@@ -42,4 +42,4 @@ def check_backend(name: str, device: torch.device, precision: torch.dtype) -> No
     if name != "auto" and (reason := why_not(name, device=device.type, dtype=precision)) is not None:
         raise BackendError(f"--backend: {reason}; auto chooses for each operation")
     if name == "auto" and device.type == "cpu" and "FASTGAN_CPU" in os.environ:
-        why_not("cpu")
+        why_not("cpu")  # for the error alone: without a kernel auto takes PyTorch's

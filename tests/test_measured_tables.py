@@ -116,10 +116,7 @@ class TestMeasuredOnCpu:
         assert "FASTGAN_CPU is set" in capsys.readouterr().err
 
     def test_a_row_is_of_the_least_batch_from_which_on_all_are_faster(self):
-        fast, slow = (
-            pairing.Interval(1.5, 1.1, 2.0),
-            pairing.Interval(1.5, 1.0, 2.0),
-        )  # of which the least is not above 1
+        fast, slow = pairing.Interval(1.5, 1.1, 2.0), pairing.Interval(1.5, 1.0, 2.0)  # 1.0 is not above 1
         shapes = [(n, 3, 4, 4) for n in (8, 32, 64)]
 
         def found(*intervals):
@@ -162,6 +159,7 @@ class TestMeasuredOnCpu:
 
     @pytest.mark.parametrize("operation", ["bn_act", "gan_bce", "adam_ema"])
     def test_both_sides_compute_the_same(self, operation):
+        """That like is timed against like. How exact a kernel is, its own tests hold by the one rule."""
         name, layout, shapes = next(case for case in measured_cpu.cases() if case[0] == operation)
         passes = getattr(measured_cpu, f"{name}_passes")(shapes[0], layout)
         reset_counts()
@@ -173,6 +171,7 @@ class TestMeasuredOnCpu:
 class TestErrorsOfWinograd:
     @pytest.mark.parametrize("algorithm", winograd_errors.ALGORITHMS, ids=lambda one: one.name)
     def test_each_algorithm_is_the_convolution(self, algorithm):
+        """And not another function: how large its errors are is what the page measures by the one rule."""
         torch.manual_seed(0)
         x, w, g = torch.randn(2, 3, 16, 8), torch.randn(5, 3, 4, 4), torch.randn(2, 5, 8, 4)
         found = winograd_errors.passes(x, w, g, algorithm._replace(operands=torch.float32))
